@@ -1,0 +1,1 @@
+"""Post-training compression for Hugging Face language models."""

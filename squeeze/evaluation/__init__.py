@@ -1,0 +1,1 @@
+"""Quality, speed and memory of a model, dense or squeezed."""

@@ -1,0 +1,1 @@
+"""Ops with a readable reference and a Triton kernel each: `<op>/{api,reference,triton}.py`."""

@@ -1,0 +1,1 @@
+"""Quantization of the KV cache (`kv`, `transforms`) and of weights (`weights`)."""

@@ -1,0 +1,1 @@
+"""Weight clustering and low-bit weights. One file is one method."""

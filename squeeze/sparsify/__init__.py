@@ -1,0 +1,1 @@
+"""Sparse attention: policies that emit an index, which is data."""

@@ -1,0 +1,172 @@
+"""Data that crosses the borders between packages: what methods produce and kernels read.
+
+Shapes: B batch, H query heads, H_kv key/value heads, T tokens, D head size, L block length in
+tokens, N blocks, K codewords. Everything here is data; behaviour lives with its method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+Tensors: TypeAlias = dict[str, Tensor]
+
+
+class Implementation(str, Enum):
+    """Which code computes an op. ``auto`` is resolved while planning and never at run time."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    TRITON = "triton"
+
+
+class KVFormat(Protocol):
+    """How keys or values of one layer are stored; knows nothing of models or caches.
+
+    ``x`` is ``[..., H_kv, L, D]`` with ``L`` a multiple of ``block_length``; ``parameters`` holds
+    what ``fit`` returned, leading dimension ``H_kv``.
+    """
+
+    @property
+    def statistics(self) -> tuple[str, ...]: ...
+    @property
+    def block_length(self) -> int: ...
+    def fit(self, statistics: Mapping[str, Tensor]) -> Tensors: ...
+    def encode(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensors: ...
+    def decode(self, packed: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor: ...
+    def bits_per_value(self, head_dim: int) -> float: ...
+    def constant_bytes(self, heads: int, head_dim: int) -> int: ...
+    def check(self, head_dim: int) -> None: ...
+
+
+class Transform(Protocol):
+    """An exact change of basis around a KV format; composes left to right.
+
+    ``apply`` maps ``[..., H_kv, L, D]`` into the stored basis and ``invert`` back.
+    ``prepare_query`` maps ``[B, H, T, D]`` queries so that scores with stored keys are right up to
+    the returned shift ``[B, H, T]`` (``None`` when there is none), which is added to the dot
+    product before scaling.
+    """
+
+    @property
+    def statistics(self) -> tuple[str, ...]: ...
+    @property
+    def sides(self) -> tuple[str, ...]: ...
+    def fit(self, statistics: Mapping[str, Tensor]) -> Tensors: ...
+    def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor: ...
+    def invert(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor: ...
+    def prepare_query(
+        self, query: Tensor, parameters: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+@dataclass(frozen=True)
+class PackedBlocks:
+    """Every packed block of the keys, or of the values, of one layer.
+
+    Attributes:
+        format: The format that encoded the blocks; ``format.decode`` is the specification.
+        parameters: What ``format.fit`` returned (may be empty).
+        segments: In order; each maps a component name to ``[N_i, B, H_kv, ...]``, contiguous.
+            Only the first ``block_counts[b]`` blocks of row ``b`` hold data; rows share slots.
+        length: Tokens per block, L.
+        addresses: Per component, int64 ``[sum N_i]`` device addresses of each block's ``[B, H_kv,
+            ...]`` slab, on the tensors' device; ``None`` where no kernel needs them (CPU).
+    """
+
+    format: Any
+    parameters: Tensors
+    segments: tuple[Tensors, ...]
+    length: int
+    addresses: Tensors | None = None
+
+
+@dataclass(frozen=True)
+class BlockIndex:
+    """Which keys each block of queries reads: whole key blocks, then single columns.
+
+    Positions count from each row's first real token. CSR per batch row and head: the block ids of
+    query block ``i`` are ``block_ids[b, h, block_offsets[b, h, i] : block_offsets[b, h, i + 1]]``,
+    ascending, never above ``i``; likewise columns, which no listed block of that query block
+    covers. Unused capacity is undefined.
+
+    Attributes:
+        block_size: Rows of a query block and of a key block, in tokens.
+        block_offsets: int32 ``[B, H, N + 1]``.
+        block_ids: int32 ``[B, H, capacity]``.
+        column_offsets: int32 ``[B, H, N + 1]``, or ``None`` when no query block has columns.
+        column_ids: int32 ``[B, H, capacity]``, or ``None``.
+    """
+
+    block_size: int
+    block_offsets: Tensor
+    block_ids: Tensor
+    column_offsets: Tensor | None = None
+    column_ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ClusteredWeight:
+    """A weight matrix as packed codebook indices.
+
+    Attributes:
+        indices: int32 ``[out, words]``; the layout is ``squeeze.kernels.bits``'s, along ``in``.
+        codebook: ``[out / rows, in / columns, 2**bits]`` (divisions round up), float16, or int8
+            when ``scale`` is given; ascending.
+        scale: float16 ``[out]``, multiplies the codebook entries of each row, or ``None``.
+        bits: Width of one index, 1 to 8.
+        shape: ``(out, in)`` of the dense matrix.
+        rows: Output rows sharing one codebook.
+        columns: Input columns sharing one codebook.
+    """
+
+    indices: Tensor
+    codebook: Tensor
+    scale: Tensor | None
+    bits: int
+    shape: tuple[int, int]
+    rows: int
+    columns: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every stored tensor."""
+        tensors = [self.indices, self.codebook] + ([] if self.scale is None else [self.scale])
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits per weight, codebooks and scales included."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What the registry knows of a method without building it."""
+
+    kind: str
+    name: str
+    idea: str
+    source: str
+    year: int
+    cls: type = field(repr=False)
+
+
+def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    """Sum the allocated bytes of a mapping of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
+    """Turn ``"bfloat16"`` or ``torch.bfloat16`` into the torch dtype."""
+    if isinstance(name, torch.dtype):
+        return name
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"not a torch dtype: {name!r}")
+    return dtype
