@@ -1,0 +1,312 @@
+"""The Python API: recipe in, squeezed model out; each step is one call of the modules above."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from squeeze import environment, export as export_module, recipe as recipe_module
+from squeeze.calibrate import Stats, calibrate
+from squeeze.compress import compress
+from squeeze.errors import CheckpointError, RecipeError
+from squeeze.evaluation import evaluate
+from squeeze.evaluation.scoring import Progress
+from squeeze.evaluation.suite import (
+    SPEED_TOKENS,
+    calibration_tokens,
+    layer_costs,
+    measure,
+    prefill_density,
+)
+from squeeze.loading import load_model, load_tokenizer
+from squeeze.model_info import ModelInfo, describe, locate
+from squeeze.plan import Plan, make_plan, resolve_device
+from squeeze.recipe import Recipe
+from squeeze.report import Report
+from squeeze.swapping import Artifacts, Swap, swap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Artifacts", "Result", "Swap", "evaluate", "export", "load", "load_tokenizer", "plan",
+           "run", "swap"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run returns.
+
+    Attributes:
+        model: Squeezed; an ordinary Hugging Face model.
+        tokenizer: Its tokenizer, ``None`` if the model was passed in and none was needed.
+        plan: What was done.
+        artifacts: Packed weights and tables.
+        report: Quality, bytes and speed beside the dense model; ``None`` without evaluation.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    plan: Plan
+    artifacts: Artifacts
+    report: Report | None
+
+
+def plan(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    model: str | Path | PreTrainedModel = "reference",
+    *,
+    context: int = 8192,
+    batch: int = 1,
+    device: str | None = None,
+    dtype: Any = None,
+    overrides: Mapping[str, Any] | Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Say what a recipe would do to a model, from its configuration alone.
+
+    Args:
+        recipe: Name, path, mapping or ``Recipe``.
+        model: Name, path or loaded model.
+        context: Tokens to count KV bytes at.
+        batch: Rows to count KV bytes at.
+        device: ``"cpu"`` or ``"cuda"``; by default a GPU if there is one.
+        dtype: By default the checkpoint's own.
+        overrides: As ``--set``.
+        trust_remote_code: Passed to transformers.
+    """
+    for name, value in (("context", context), ("batch", batch)):
+        if value < 1:
+            raise RecipeError(f"--{name}", f"got {value}", "an integer of at least 1", "Raise it")
+    parsed = recipe_module.load(recipe, overrides)
+    return make_plan(
+        parsed, describe(model, trust_remote_code, dtype), device=device, context=context,
+        batch=batch,
+    )  # fmt: skip
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    model: str | Path | PreTrainedModel = "reference",
+    output: str | Path | None = None,
+    *,
+    device: str | None = None,
+    dtype: Any = None,
+    seed: int | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] | None = None,
+    evaluate: bool = True,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Plan, calibrate, compress, swap, evaluate and export.
+
+    Args:
+        recipe: Name, path, mapping or ``Recipe``.
+        model: Name, path, or a loaded model, which is swapped in place.
+        output: Folder to write the checkpoint and the report to; nothing is written without it.
+            Work in progress lives beside it and a killed run resumes there.
+        device: ``"cpu"`` or ``"cuda"``; by default a GPU if there is one, or the loaded model's.
+        dtype: By default the checkpoint's own.
+        seed: Overrides the recipe's calibration seed.
+        overrides: As ``--set``: ``{"kv_cache.keys.bits": 3}``.
+        evaluate: Measure the dense and the squeezed model and make a report.
+        overwrite: Replace a finished output folder.
+        trust_remote_code: Passed to transformers.
+        tokenizer: For a loaded model; by default the one its name or path has.
+        progress: Called as ``progress(stage, done, total)``.
+
+    Raises:
+        SqueezeError: what the user can mend; see ``squeeze.errors``.
+    """
+    parsed = recipe_module.load(recipe, overrides)
+    if seed is not None:
+        calibration = parsed.calibration.model_copy(update={"seed": seed})
+        parsed = parsed.model_copy(update={"calibration": calibration})
+    target = Path(output) if output is not None else None
+    if target is not None:
+        check_output(target, overwrite)
+    given = isinstance(model, nn.Module)
+    if given and device is None:
+        device = str(next(model.parameters()).device)  # type: ignore[union-attr]
+    device = resolve_device(device)
+    info = describe(model, trust_remote_code, dtype)
+    made = make_plan(parsed, info, device=device)
+    needs_text = bool(made.statistics) or evaluate or target is not None or not given
+    if tokenizer is None and needs_text:
+        tokenizer = load_tokenizer(info.source if given else model, trust_remote_code)  # type: ignore[arg-type]
+    loaded: Any = model if given else load_model(
+        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code  # type: ignore[arg-type]
+    )  # fmt: skip
+    with _workplace(target, parsed, info, made) as work:
+        stats = _calibrate(loaded, tokenizer, parsed, made, work, progress)
+        artifacts = compress(loaded, made, stats, folder=work and work / "weights",
+                             progress=progress)  # fmt: skip
+        dense, costs = None, []
+        if evaluate:
+            dense = measure(loaded, tokenizer, made, parsed, squeezed=False,
+                            folder=work and work / "results", progress=progress)  # fmt: skip
+            if parsed.evaluate.sensitivity:
+                costs = layer_costs(loaded, tokenizer, artifacts, progress=progress)
+        swap(loaded, artifacts, keep_dense=False)
+        report = None
+        if evaluate and dense is not None:
+            squeezed = measure(loaded, tokenizer, made, parsed, squeezed=True,
+                               folder=work and work / "results", progress=progress)  # fmt: skip
+            density = prefill_density(loaded, tokenizer, parsed)
+            report = Report(
+                model=info.source, recipe=parsed.to_dict(), environment=environment.environment(),
+                dense=dense, squeezed=squeezed, effective_bits=made.effective_bits,
+                density=_mean(density), plan=made.to_dict(), density_by_head=density,
+                sensitivity=costs,
+                conditions=_conditions(loaded, parsed, device),
+            )  # fmt: skip
+        if target is not None and work is not None:
+            _write(loaded, tokenizer, artifacts, report, parsed, info, target, work, overwrite)
+    return Result(loaded, tokenizer, made, artifacts, report)
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something, before any work.
+
+    Raises:
+        CheckpointError: it exists and is not empty, and ``overwrite`` is not set; or it holds
+            something that squeeze did not write, which is never overwritten.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise CheckpointError(f"--output {output}", "is not empty", "a new or empty folder",
+                              "Choose another, or pass --overwrite")  # fmt: skip
+    if not (output / export_module.MANIFEST).is_file():
+        raise CheckpointError(f"--output {output}", "holds files that squeeze did not write",
+                              "a folder that an earlier run wrote", "Choose another")  # fmt: skip
+
+
+@contextmanager
+def _workplace(
+    output: Path | None, recipe: Recipe, info: ModelInfo, made: Plan
+) -> Iterator[Path | None]:
+    """Give a folder for work in progress; it goes once the output is there."""
+    if output is None:
+        yield None
+        return
+    output = output.absolute()
+    work = output.with_name(f".{output.name}.partial")
+    versions = environment.environment()["versions"]
+    key = json.dumps(
+        {"recipe": recipe.to_dict(), "model": fingerprint(info), "versions": versions,
+         "device": made.device, "dtype": info.dtype}, sort_keys=True,
+    )  # fmt: skip
+    marker = work / "key.json"
+    if not (marker.is_file() and marker.read_text(encoding="utf-8") == key):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        export_module.write_atomically(marker, key)
+    yield work
+    shutil.rmtree(work)
+
+
+def fingerprint(info: ModelInfo) -> list[Any]:
+    """Identify a model's files by name, size and time of change."""
+    folder = Path(locate(info.source))
+    files = sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors"))
+    stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    return [info.source, info.model_type, info.parameter_bytes, stamps]
+
+
+def _calibrate(
+    model: Any, tokenizer: Any, recipe: Recipe, made: Plan, work: Path | None, progress: Any
+) -> Stats | None:
+    if not made.statistics:
+        return None
+    tokens = calibration_tokens(tokenizer, recipe.calibration)
+    return calibrate(model, tokens.to(model.device), set(made.statistics),
+                     folder=work and work / "statistics", progress=progress)  # fmt: skip
+
+
+def _mean(rows: list[list[float]]) -> float:
+    values = [value for row in rows for value in row]
+    return sum(values) / len(values) if values else 1.0
+
+
+def _conditions(model: Any, recipe: Recipe, device: str) -> dict[str, Any]:
+    return {"device": device, "dtype": str(model.dtype).removeprefix("torch."),
+            "seed": recipe.calibration.seed, "threads": torch.get_num_threads(),
+            "speed_tokens": SPEED_TOKENS}  # fmt: skip
+
+
+def _write(
+    model: Any, tokenizer: Any, artifacts: Artifacts, report: Report | None, recipe: Recipe,
+    info: ModelInfo, output: Path, work: Path, overwrite: bool,
+) -> None:  # fmt: skip
+    folder = work / "checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    export_module.save(model, artifacts, folder, tokenizer)
+    if report is not None:
+        report.save(folder)
+    source = locate(info.source)
+    export_module.write_manifest(folder, {
+        "source": info.source if info.source == "reference" else source,
+        "recipe": recipe.to_dict(), "plan": artifacts.plan.to_dict(),
+        "seed": recipe.calibration.seed, "environment": environment.environment(),
+    })  # fmt: skip
+    export_module.publish(folder, output.absolute(), overwrite)
+
+
+def load(
+    path: str | Path, *, device: str | None = None, dtype: Any = None
+) -> PreTrainedModel:
+    """Load a squeezed checkpoint, verified against its manifest.
+
+    Args:
+        path: A folder that ``run`` wrote.
+        device: ``"cpu"`` or ``"cuda"``; by default a GPU if there is one.
+        dtype: By default the checkpoint's own.
+
+    Raises:
+        CheckpointError: files are missing, damaged, or of a newer format.
+    """
+    folder = Path(path)
+    export_module.read_manifest(folder)
+    model = load_model(folder, device=resolve_device(device), dtype=dtype)
+    export_module.choose_implementations(model)
+    return model
+
+
+def export(source: str | Path, format: str = "squeeze", output: str | Path | None = None,
+           *, overwrite: bool = False) -> Path:  # fmt: skip
+    """Write a squeezed checkpoint in another format.
+
+    Args:
+        source: A folder that ``run`` wrote.
+        format: ``"squeeze"`` (a verified copy) or ``"compressed-tensors"``.
+        output: Default: the source's name with the format appended.
+        overwrite: Replace a finished output folder.
+    """
+    export_module.check_format(format)
+    folder = Path(source)
+    target = Path(output) if output else folder.with_name(f"{folder.name}-{format}")
+    check_output(target, overwrite)
+    manifest = export_module.verify(folder)
+    work = target.absolute().with_name(f".{target.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    if format == "squeeze":
+        shutil.copytree(folder, work)
+    else:
+        model = load(folder, device="cpu")
+        artifacts = export_module.artifacts_of(folder)
+        export_module.export_compressed_tensors(model, artifacts, work, load_tokenizer(folder))
+    facts = {k: v for k, v in manifest.items() if k not in ("files", "format_version")}
+    if format == "squeeze":
+        export_module.write_manifest(work, facts)
+    export_module.publish(work, target.absolute(), overwrite)
+    return target

@@ -1,0 +1,291 @@
+"""The attention function that squeezed models run, and the hook that hands them a packed cache.
+
+transformers calls one function for every attention layer. Ours reads, from the attention module,
+what the swap attached to it: the first call over an empty cache goes to the prefill policy or to
+the model's own attention, later calls to the packed cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from squeeze.cache import Handle, LayerSpec, PackedCache, Side, adopt
+from squeeze.errors import UnsupportedError
+from squeeze.kernels.block_sparse_attention.api import block_sparse_attention
+from squeeze.sparsify.index import density
+from squeeze.types import Implementation, Tensors
+
+# A call of at most this many queries over a filled cache is decode: no prefill policy acts in it.
+DECODE_QUERIES = 128
+SUPPORTED = ("sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class KVSettings:
+    """One layer's share of the plan, as objects: transforms in order, the format last."""
+
+    keys: tuple[tuple[str, Any], ...]
+    values: tuple[tuple[str, Any], ...]
+    block_length: int
+    sink_tokens: int
+    residual_length: int
+
+
+def table_name(side: str, stage: str, name: str) -> str:
+    """Name the buffer of one fitted tensor: ``keys_center_center``."""
+    return f"{side}_{stage}_{name}"
+
+
+class LayerState(nn.Module):
+    """What the swap attaches to one attention module.
+
+    Tables that the KV formats were fitted with are buffers, so that checkpoints carry them and
+    ``model.to`` moves them.
+
+    Args:
+        dense: Name of the model's own attention implementation.
+        kv: How its cache stores, or ``None`` to keep transformers' own.
+        policy: Prefill policy, or ``None``.
+        implementation: What computes packed and sparse attention.
+        tables: Buffers, named by ``table_name``.
+    """
+
+    def __init__(
+        self,
+        dense: str,
+        kv: KVSettings | None = None,
+        policy: Any = None,
+        implementation: str = "reference",
+        tables: Tensors | None = None,
+    ) -> None:
+        super().__init__()
+        self.dense, self.kv, self.policy = dense, kv, policy
+        self.implementation = Implementation(implementation)
+        self.padding: list[int] | None = None  # left padding of the rows of the running call
+        self.density: Tensor | None = None  # per query head in the last forward, None = dense
+        for name, table in (tables or {}).items():
+            self.register_buffer(name, table)
+
+    def spec(self) -> LayerSpec:
+        """Say how this layer's cache stores, with the tables where they are now."""
+        assert self.kv is not None
+        kv = self.kv
+        return LayerSpec(
+            self._side("keys", kv.keys), self._side("values", kv.values), kv.block_length,
+            kv.sink_tokens, kv.residual_length, self.implementation,
+        )  # fmt: skip
+
+    def _side(self, side: str, chain: tuple[tuple[str, Any], ...]) -> Side:
+        parts = []
+        for stage, method in chain:
+            prefix = table_name(side, stage, "")
+            tables = {n.removeprefix(prefix): b for n, b in self.named_buffers()
+                      if n.startswith(prefix)}  # fmt: skip
+            parts.append((method, tables))
+        return Side(parts[-1][0], parts[-1][1], tuple(parts[:-1]))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerState:
+        # Tables keep their dtype: ``model.to(torch.float16)`` must not round them.
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(fn(buffer).device)
+        return self
+
+
+def name_for(dense: str) -> str:
+    """Name of our attention function around the model's own implementation ``dense``."""
+    return f"squeeze_{dense}"
+
+
+def register(dense: str) -> str:
+    """Register the attention function and the mask function for ``dense``; return their name.
+
+    The mask keeps the model's own form. Without one of the same name transformers would drop the
+    padding mask silently.
+
+    Raises:
+        UnsupportedError: the model runs an implementation that cannot be wrapped.
+    """
+    if dense not in SUPPORTED:
+        raise UnsupportedError(
+            "attn_implementation", f"the model was loaded with {dense!r}", ", ".join(SUPPORTED),
+            "Load it with attn_implementation='sdpa'",
+        )  # fmt: skip
+    name = name_for(dense)
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[dense])
+    return name
+
+
+def dense_attention(module: nn.Module, dense: str) -> Callable[..., tuple[Tensor, Any]]:
+    """Return the attention function the model would run without us."""
+    if dense == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[dense]  # type: ignore[no-any-return]
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | Handle,
+    value: Tensor | Handle,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Attend over a packed cache, by a prefill policy, or as the model itself would.
+
+    Args:
+        module: The attention layer; ``module.squeeze`` holds its ``LayerState``.
+        query: ``[B, H, T_q, D]``, after RoPE.
+        key: ``[B, H_kv, T, D]``, or the handle of a packed layer.
+        value: Likewise.
+        attention_mask: As the model's own implementation takes it.
+        scaling: Multiplies the dot products; default ``D ** -0.5``.
+        softcap: Bound of the scores.
+        s_aux: Logits of learned sinks, ``[H]``.
+    Returns:
+        Output ``[B, T_q, H, D]`` in the query's dtype, and ``None``.
+    """
+    state: LayerState = module.squeeze  # type: ignore[assignment]
+    state.density = None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, Handle):
+        layer, keys, values = key
+        if layer.total > 0:
+            output, lse = layer.attend(query, keys, values, scale, softcap)
+            if s_aux is not None:
+                output = output * torch.sigmoid(lse - s_aux.float().view(1, -1, 1)).unsqueeze(-1)
+            return output.to(query.dtype).transpose(1, 2).contiguous(), None
+    else:
+        layer, keys, values = None, key, value  # type: ignore[assignment]
+    if _policy_acts(state, query, keys):
+        output = _sparse(state, query, keys, values, scale, softcap)
+        result: tuple[Tensor, Any] = (output.transpose(1, 2).contiguous(), None)
+    else:
+        extra = {"softcap": softcap} if softcap is not None else {}
+        extra |= {"s_aux": s_aux} if s_aux is not None else {}
+        function = dense_attention(module, state.dense)
+        result = function(module, query, keys, values, attention_mask, scaling=scaling, **extra,
+                          **kwargs)  # fmt: skip
+    if layer is not None:
+        layer.commit(keys, values)
+    return result
+
+
+def _policy_acts(state: LayerState, query: Tensor, keys: Tensor) -> bool:
+    # Only the first call over an empty cache is self-attention of T tokens.
+    length = query.shape[2]
+    return (
+        state.policy is not None
+        and length == keys.shape[2]
+        and length > DECODE_QUERIES
+        and length >= state.policy.min_length
+    )
+
+
+def _sparse(
+    state: LayerState,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    batch, _, length, _ = query.shape
+    pads = state.padding if state.padding and any(state.padding) else None
+    starts = None if pads is None else torch.tensor(pads, device=query.device)
+    index = state.policy.index(query, keys, starts, scaling, softcap)
+    lengths = torch.full((batch,), length, device=query.device)
+    if starts is not None:
+        lengths = (lengths - starts).clamp(min=1)
+    state.density = density(index, lengths).mean(0)
+    output, _ = block_sparse_attention(
+        query, keys, values, index, starts=starts, scaling=scaling, softcap=softcap,
+        implementation=state.implementation,
+    )  # fmt: skip
+    return output
+
+
+class CacheHook:
+    """Forward pre-hook of the decoder: supplies a packed cache and tells it the padding.
+
+    Args:
+        config: The decoder's configuration.
+        states: Layer index to what the swap attached there.
+    """
+
+    def __init__(self, config: Any, states: dict[int, LayerState]) -> None:
+        self.config, self.states = config, states
+        self.packs = any(state.kv is not None for state in states.values())
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Replace an absent or empty cache; refuse masks that a packed cache cannot honour."""
+        if args:
+            names = list(inspect.signature(module.forward).parameters)
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        if self.packs and not isinstance(cache, PackedCache) and (use_cache or cache is not None):
+            specs = {i: state.spec() for i, state in self.states.items() if state.kv is not None}
+            cache = kwargs["past_key_values"] = adopt(cache, self.config, specs)
+        past = cache.get_seq_length() if cache is not None else 0
+        pads, right = read_padding(kwargs, past)
+        if isinstance(cache, PackedCache):
+            if past and cache.padded_right:
+                raise _mask_error("of an earlier call was padded on the right")
+            cache.padded_right = cache.padded_right or right
+            if pads is not None:
+                cache.set_padding(pads)
+        for state in self.states.values():
+            state.padding = pads
+        return (), kwargs
+
+
+def read_padding(kwargs: dict[str, Any], past: int) -> tuple[list[int] | None, bool]:
+    """Read the padding of a decoder call off its ``[B, T]`` mask.
+
+    Returns:
+        Left padding per row, or ``None`` where nothing new is known, and whether a row is padded
+        on the right: harmless within one call, wrong for a cache that goes on.
+
+    Raises:
+        UnsupportedError: the mask has another form, or zeros between ones.
+    """
+    mask, tokens = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if mask is None or (past and tokens is not None and tokens.shape[1] == 1):
+        # One more token: what was read at the prompt still holds, and the device is not awaited.
+        return None, False
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise _mask_error(f"is {'several masks' if isinstance(mask, dict) else tuple(mask.shape)}")
+    real = mask.to("cpu").bool()
+    lengths, width = real.sum(1), real.shape[1]
+    pads = torch.where(lengths > 0, real.int().argmax(1), width)
+    tails = torch.where(lengths > 0, real.flip(1).int().argmax(1), 0)
+    if bool((pads + lengths + tails != width).any()):
+        raise _mask_error("has zeros between ones")
+    return [int(pad) for pad in pads], bool((tails > 0).any())
+
+
+def _mask_error(what: str) -> UnsupportedError:
+    return UnsupportedError(
+        "attention_mask", f"the mask {what}", "a [batch, tokens] mask with padding on the left",
+        "Set tokenizer.padding_side = 'left'",
+    )  # fmt: skip

@@ -1,0 +1,395 @@
+"""Measure what methods ask of calibration text, one decoder layer at a time."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DynamicCache
+
+from squeeze.errors import CheckpointError, UnsupportedError
+from squeeze.model_info import describe
+
+STATISTICS = ("fisher", "key_mean")
+GROUP = 4  # samples carried through a layer together, and between two saves
+PARTIAL = "calibration.partial.safetensors"
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What calibration measured.
+
+    Attributes:
+        tensors: By statistic, then by module name: ``fisher`` float32 ``[out, in]`` of linear
+            layers, ``key_mean`` float32 ``[H_kv, D]`` of attention modules.
+        samples: Sequences that were read.
+        tokens: Tokens that were read, over all sequences.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    samples: int
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Summarise without tensors: counts, and modules and their shapes by statistic."""
+        shapes = {
+            statistic: {name: list(tensor.shape) for name, tensor in modules.items()}
+            for statistic, modules in self.tensors.items()
+        }
+        return {"samples": self.samples, "tokens": self.tokens, "statistics": shapes}
+
+    def table(self) -> str:
+        """Print one line per statistic."""
+        lines = [f"{self.samples} samples, {self.tokens} tokens"]
+        for statistic, modules in self.tensors.items():
+            values = sum(tensor.numel() for tensor in modules.values())
+            lines.append(f"{statistic:<12} {len(modules):>5} modules {values:>14,} values")
+        return "\n".join(lines)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, atomically."""
+        _write(path, _flatten(self.tensors), {"samples": self.samples, "tokens": self.tokens})
+
+    @classmethod
+    def load(cls, path: Path) -> Stats:
+        """Read what ``save`` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or of another kind.
+        """
+        tensors, about = _read(path)
+        if not {"samples", "tokens"} <= about.keys():
+            raise CheckpointError(str(path), "holds no calibration statistics")
+        return cls(_unflatten(tensors), about["samples"], about["tokens"])
+
+
+def calibrate(
+    model: nn.Module,
+    tokens: Tensor,
+    statistics: set[str],
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Stats:
+    """Run calibration text through the model and collect the statistics.
+
+    Decoder layers are visited one by one, forwards for their inputs and backwards for gradients;
+    only the visited layer is copied and differentiated. On a CPU that copy is float32, on other
+    devices it has the model's dtype. Accumulators are float32 on the CPU.
+
+    ``fisher`` is, per linear layer of a decoder layer, the squared gradient of the summed
+    next-token loss with respect to the weight, averaged over samples. ``key_mean`` is the mean
+    over tokens of the keys that attention sees, after RoPE.
+
+    Args:
+        model: A decoder-only Hugging Face causal language model; unchanged on return.
+        tokens: int64 ``[N, T]``, one sample per row, no padding.
+        statistics: Any of ``fisher``, ``key_mean``; empty returns at once.
+        folder: Where to save progress after every few samples. A killed run with the same folder,
+            model and tokens resumes there and gives the same bits.
+        progress: Called as ``progress("calibrate", samples done, samples)``.
+    Returns:
+        The statistics, on the CPU.
+    Raises:
+        ValueError: unknown statistic, or tokens of another shape.
+        UnsupportedError: no list of decoder layers is found in the model.
+        CheckpointError: ``folder`` holds the progress of another run.
+    Cost: the model, one more layer with its activations, the layer inputs of a few samples
+        (4 N_layers T hidden values), and the statistics.
+    Source: the squared gradients of S. Kim et al. 2023, SqueezeLLM,
+        https://arxiv.org/abs/2306.07629, section 4.1.
+    Differs: gradients are recomputed layer by layer from saved layer inputs.
+    """
+    unknown = statistics - set(STATISTICS)
+    if unknown:
+        raise ValueError(f"unknown statistics {sorted(unknown)}, known: {', '.join(STATISTICS)}")
+    if tokens.dim() != 2 or tokens.shape[1] < 2:
+        raise ValueError(f"tokens must be [N, T] with T > 1, got {tuple(tokens.shape)}")
+    if not statistics:
+        return Stats({}, 0, 0)
+    run = _Run(model, tokens, statistics)
+    done = run.resume(folder) if folder else 0
+    training = model.training
+    model.eval()
+    try:
+        while done < len(tokens):
+            group = tokens[done : done + GROUP]
+            run.group(group)
+            done += len(group)
+            if folder:
+                run.save(folder, done)
+            if progress:
+                progress("calibrate", done, len(tokens))
+    finally:
+        model.train(training)
+    return run.stats()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments one decoder layer was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The layer's input, ``[1, T, hidden]``."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Call the layer with another input, floating arguments in its dtype."""
+        args = [_cast(value, hidden.dtype) for value in self.args[1:]]
+        kwargs = {name: _cast(value, hidden.dtype) for name, value in self.kwargs.items()}
+        if self.args:
+            args.insert(0, hidden)
+        else:
+            kwargs["hidden_states"] = hidden
+        output = layer(*args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class _Recorded(Exception):  # noqa: N818
+    """Every decoder layer's arguments are known; the rest of the forward is not needed."""
+
+
+class _KeySums(DynamicCache):
+    """A cache that keeps no keys: it sums them over tokens and hands them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = True
+        self.sums: dict[int, Tensor] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add ``[1, H_kv, T, D]`` keys to the layer's sum."""
+        if self.active:
+            _add(self.sums, layer_idx, key_states.double().sum(dim=(0, 2)))
+        return key_states, value_states
+
+
+class _Run:
+    """Accumulators of one calibration, and the passes that feed them."""
+
+    def __init__(self, model: nn.Module, tokens: Tensor, statistics: set[str]) -> None:
+        self.model, self.tokens = model, tokens
+        self.path, self.layers = _decoder_layers(model)
+        self.attention = {info.layer: info.module for info in describe(model).attention}  # type: ignore[arg-type]
+        self.sums: dict[str, dict[str, Tensor]] = {name: {} for name in sorted(statistics)}
+        self.device = next(model.parameters()).device
+
+    def group(self, tokens: Tensor) -> None:
+        """Add a few samples."""
+        keys = _KeySums()
+        calls = [self._record(sample, keys) for sample in tokens]
+        inputs = [[_widen(call[0].hidden) for call in calls]]
+        for index, layer in enumerate(self.layers):
+            runner = _copy(layer)
+            with torch.no_grad():
+                pairs = zip(inputs[-1], calls, strict=True)
+                inputs.append([call[index].run(runner, hidden) for hidden, call in pairs])
+        keys.active = False
+        for index, total in keys.sums.items() if "key_mean" in self.sums else ():
+            _add(self.sums["key_mean"], self.attention[index], total.cpu())
+        if "fisher" in self.sums:
+            self._backward(tokens, inputs, calls)
+
+    def _record(self, sample: Tensor, cache: DynamicCache) -> list[_Call]:
+        """Learn the arguments of every decoder layer, without running any."""
+        calls: list[_Call] = []
+
+        def stand_in(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(_Call(args, kwargs))
+            if len(calls) == len(self.layers):
+                raise _Recorded
+            return calls[-1].hidden
+
+        try:
+            with _replaced(self.layers, stand_in), torch.no_grad():
+                self.model(sample[None].to(self.device), past_key_values=cache, use_cache=True)
+        except _Recorded:
+            return calls
+        raise UnsupportedError(self.path, f"{len(calls)} of {len(self.layers)} layers were called")
+
+    def _backward(
+        self, tokens: Tensor, inputs: list[list[Tensor]], calls: list[list[_Call]]
+    ) -> None:
+        """Backpropagate each sample's loss through one layer at a time, from the last."""
+        pairs = zip(tokens, inputs.pop(), strict=True)
+        grads = [self._loss_grad(sample, hidden) for sample, hidden in pairs]
+        for index in reversed(range(len(self.layers))):
+            runner = _copy(self.layers[index])
+            linears = {n: m for n, m in runner.named_modules() if isinstance(m, nn.Linear)}
+            for linear in linears.values():
+                linear.weight.requires_grad_(True)
+            for sample, source in enumerate(inputs.pop()):
+                hidden = source.detach().requires_grad_(True)
+                calls[sample][index].run(runner, hidden).backward(grads[sample])
+                grads[sample] = hidden.grad
+                for name, linear in linears.items():
+                    if linear.weight.grad is not None:
+                        square = linear.weight.grad.float().square().cpu()
+                        _add(self.sums["fisher"], f"{self.path}.{index}.{name}", square)
+                        linear.weight.grad = None
+
+    def _loss_grad(self, sample: Tensor, hidden: Tensor) -> Tensor:
+        """Gradient of the summed next-token loss with respect to the last layer's output."""
+        hidden = hidden.detach().requires_grad_(True)
+        narrow = hidden.to(next(self.model.parameters()).dtype)
+
+        def stand_in(*args: Any, **kwargs: Any) -> Tensor:
+            return narrow
+
+        ids = sample[None].to(self.device)
+        with _replaced(self.layers, stand_in), torch.enable_grad():
+            logits = self.model(ids, use_cache=False).logits[0, :-1].float()
+            loss = functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+            return torch.autograd.grad(loss, hidden)[0]
+
+    def fingerprint(self) -> str:
+        """Tell runs apart that must not continue one another."""
+        digest = hashlib.sha256(self.tokens.cpu().numpy().tobytes())
+        digest.update(repr((sorted(self.sums), GROUP, tuple(self.tokens.shape))).encode())
+        for name, parameter in self.model.named_parameters():
+            total = parameter.detach().double().sum().item()
+            digest.update(repr((name, tuple(parameter.shape), total)).encode())
+        return digest.hexdigest()
+
+    def save(self, folder: Path, done: int) -> None:
+        """Write the accumulators and how many samples they hold."""
+        _write(folder / PARTIAL, _flatten(self.sums), {"done": done, "run": self.run_id})
+
+    def resume(self, folder: Path) -> int:
+        """Read the accumulators of a killed run; return how many samples they hold."""
+        self.run_id = self.fingerprint()
+        if not (folder / PARTIAL).exists():
+            return 0
+        tensors, about = _read(folder / PARTIAL)
+        if about.get("run") != self.run_id:
+            raise CheckpointError(
+                str(folder / PARTIAL),
+                "progress of a calibration with another model, text or statistics",
+                remedy="Remove the file or choose another folder",
+            )
+        self.sums |= _unflatten(tensors)
+        return int(about["done"])
+
+    def stats(self) -> Stats:
+        """Turn sums into means."""
+        samples, count = len(self.tokens), self.tokens.numel()
+        divisor = {"fisher": samples, "key_mean": count}
+        means = {
+            statistic: {name: (total / divisor[statistic]).float() for name, total in sums.items()}
+            for statistic, sums in self.sums.items()
+        }
+        return Stats(means, samples, count)
+
+
+def _decoder_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """Find the longest module list whose members hold attention or mixers with a layer index."""
+    best: tuple[str, list[nn.Module]] = ("", [])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > len(best[1]):
+            indexed = (any(hasattr(m, "layer_idx") for m in layer.modules()) for layer in module)
+            if all(indexed):
+                best = (name, list(module))
+    if not best[1]:
+        raise UnsupportedError(
+            type(model).__name__, "no list of decoder layers was found",
+            "decoder-only models whose attention modules carry layer_idx",
+        )  # fmt: skip
+    return best
+
+
+@contextmanager
+def _replaced(layers: list[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let another function stand in for every layer's forward."""
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            del layer.__dict__["forward"]
+            if old is not None:
+                layer.__dict__["forward"] = old
+
+
+def _copy(layer: nn.Module) -> nn.Module:
+    """Copy one layer without gradients, in the dtype to compute in."""
+    runner = copy.deepcopy(layer).requires_grad_(False)
+    return runner.float() if next(runner.parameters()).device.type == "cpu" else runner
+
+
+def _widen(hidden: Tensor) -> Tensor:
+    """Half-precision products are slow on a CPU; compute in float32 there."""
+    return hidden.float() if hidden.device.type == "cpu" else hidden
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Cast floating tensors, in tuples too, and leave anything else."""
+    if isinstance(value, tuple):
+        return tuple(_cast(item, dtype) for item in value)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return value
+
+
+def _add(sums: dict[Any, Tensor], name: Any, value: Tensor) -> None:
+    """Add to a named sum, in place."""
+    if name in sums:
+        sums[name] += value
+    else:
+        sums[name] = value
+
+
+def _flatten(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join statistic and module name with a slash."""
+    return {f"{s}/{name}": t for s, modules in tensors.items() for name, t in modules.items()}
+
+
+def _unflatten(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Undo ``_flatten``."""
+    result: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        statistic, name = key.split("/", 1)
+        result.setdefault(statistic, {})[name] = tensor
+    return result
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write beside the target, flush to disk, then rename: a reader sees the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, draft, metadata={"squeeze": json.dumps(dict(about))})
+    with open(draft, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and the facts beside them."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("squeeze", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(str(path), f"cannot be read ({error})") from error

@@ -1,0 +1,58 @@
+"""Progress bars on standard error; standard output belongs to results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+Report: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
+
+
+@contextmanager
+def progress(quiet: bool = False) -> Iterator[Report | None]:
+    """Give a callable ``(stage, done, total)``; one bar per stage, or one line when not a terminal.
+
+    Args:
+        quiet: Show nothing; the callable is then ``None``.
+    """
+    if quiet:
+        yield None
+    elif not sys.stderr.isatty():
+        yield _Lines()
+    else:
+        columns = TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn()
+        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+            yield _Bars(bars)
+
+
+class _Bars:
+    """One rich bar per stage, created when the stage is first heard of."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.tasks: dict[str, int] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bars.add_task(stage, total=total)
+        self.bars.update(self.tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+
+class _Lines:
+    """One line when a stage is finished, for logs and pipes."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        started = self.started.setdefault(stage, time.perf_counter())
+        if done >= total:
+            seconds = time.perf_counter() - started
+            print(f"{stage}: {done}/{total}, {seconds:.1f} s", file=sys.stderr, flush=True)
+            del self.started[stage]

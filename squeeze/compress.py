@@ -1,0 +1,104 @@
+"""Compression: a plan and what calibration measured, turned into artifacts, module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from squeeze import registry
+from squeeze.calibrate import Stats
+from squeeze.plan import Plan, WeightPlan
+from squeeze.swapping import Artifacts, chain
+from squeeze.types import ClusteredWeight, Tensors
+
+
+@torch.no_grad()
+def compress(
+    model: nn.Module,
+    plan: Plan,
+    stats: Stats | None,
+    *,
+    folder: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Artifacts:
+    """Fit what the plan names, one module at a time.
+
+    Args:
+        model: The dense model.
+        plan: What to do.
+        stats: Holds every statistic that ``plan.statistics`` names; may be ``None`` if none.
+        folder: Finished modules are saved here and found again by a resumed run.
+        progress: Called as ``progress("compress", done, total)``.
+    Returns:
+        Artifacts on the CPU.
+    """
+    weights = {}
+    for done, row in enumerate(plan.weights):
+        path = folder / f"{row.module}.safetensors" if folder else None
+        weights[row.module] = _resume(path, row) or _fit(model, row, stats, path)
+        if progress:
+            progress("compress", done + 1, len(plan.weights))
+    return Artifacts(plan, weights, _tables(plan, stats))
+
+
+def weight_method(row: WeightPlan) -> Any:
+    """Build the method of one row of the plan."""
+    return registry.get("weights", row.method["method"])(
+        **{key: value for key, value in row.method.items() if key != "method"}
+    )
+
+
+def _fit(
+    model: nn.Module, row: WeightPlan, stats: Stats | None, path: Path | None
+) -> ClusteredWeight:
+    method = weight_method(row)
+    weight = model.get_submodule(row.module).weight.detach()
+    importance = None
+    for name in method.statistics:
+        assert stats is not None
+        importance = stats.tensors[name][row.module].to(weight.device)
+    fitted: ClusteredWeight = method.fit(weight.float(), importance)
+    tensors = {"indices": fitted.indices.cpu(), "codebook": fitted.codebook.cpu()}
+    if fitted.scale is not None:
+        tensors["scale"] = fitted.scale.cpu()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary)
+        temporary.replace(path)
+    return _assemble(method, row, tensors)
+
+
+def _resume(path: Path | None, row: WeightPlan) -> ClusteredWeight | None:
+    if path is None or not path.is_file():
+        return None
+    try:
+        return _assemble(weight_method(row), row, load_file(path))
+    except (SafetensorError, KeyError):
+        return None  # written by a run that was killed before the rename was durable
+
+
+def _assemble(method: Any, row: WeightPlan, tensors: Tensors) -> ClusteredWeight:
+    empty: ClusteredWeight = method.empty(*row.shape, torch.device("meta"))
+    return ClusteredWeight(
+        tensors["indices"], tensors["codebook"], tensors.get("scale"), empty.bits, empty.shape,
+        empty.rows, empty.columns,
+    )  # fmt: skip
+
+
+def _tables(plan: Plan, stats: Stats | None) -> Tensors:
+    tables: Tensors = {}
+    for row in plan.kv_cache:
+        for side, settings in (("keys", row.keys), ("values", row.values)):
+            for stage, method in chain(settings) if settings else ():
+                needed = {n: stats.tensors[n][row.module] for n in method.statistics if stats}
+                for name, table in method.fit(needed).items():
+                    full = f"{row.module}.squeeze.{side}_{stage}_{name}"
+                    tables[full] = table.detach().cpu().contiguous()
+    return tables

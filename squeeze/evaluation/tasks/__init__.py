@@ -1,0 +1,1 @@
+"""Our tasks as lm-eval task files, with the functions that make their documents offline."""

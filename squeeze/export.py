@@ -1,0 +1,351 @@
+"""Checkpoints: write a squeezed model so that loading verifies it, and read it back.
+
+A checkpoint is what ``save_pretrained`` writes plus a manifest, ``squeeze.json``: hashes of every
+file, the recipe, the plan, versions and seed. It appears by one rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from squeeze import registry
+from squeeze.attention import LayerState
+from squeeze.errors import CheckpointError, RecipeError, UnsupportedError, nearest
+from squeeze.kernels.lut_linear.reference import reconstruct
+from squeeze.linear import ClusteredLinear
+from squeeze.plan import Plan, resolve_implementation
+from squeeze.quantizer import SqueezeConfig, SqueezeQuantizer
+from squeeze.swapping import Artifacts, Swap, attach_attention, finish, replace_module
+from squeeze.types import ClusteredWeight, Implementation, resolve_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT_VERSION = 1
+MANIFEST = "squeeze.json"
+FORMATS = ("squeeze", "compressed-tensors")
+
+
+def save(
+    model: PreTrainedModel, artifacts: Artifacts, folder: Path, tokenizer: Any = None
+) -> None:
+    """Write a swapped model's checkpoint files into ``folder``, without the manifest.
+
+    Args:
+        model: With ``artifacts`` swapped in.
+        artifacts: Also says which tables the checkpoint holds.
+        folder: Made if missing.
+        tokenizer: Saved beside the weights when given.
+    """
+    config = SqueezeConfig(
+        artifacts.plan.to_dict(),
+        {name: {"shape": list(table.shape), "dtype": str(table.dtype).removeprefix("torch.")}
+         for name, table in artifacts.tables.items()},
+        FORMAT_VERSION,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    target: Any = model
+    held = {k: vars(target).get(k) for k in ("hf_quantizer", "is_quantized", "quantization_method")}
+    held_config = getattr(target.config, "quantization_config", None)
+    try:
+        target.hf_quantizer = SqueezeQuantizer(config, pre_quantized=True)
+        target.is_quantized, target.quantization_method = True, config.quant_method
+        target.config.quantization_config = config
+        with _own_attention(target):
+            target.save_pretrained(folder)
+    finally:
+        for key, value in held.items():
+            setattr(target, key, value) if value is not None else vars(target).pop(key, None)
+        if held_config is None:
+            del target.config.quantization_config
+        else:
+            target.config.quantization_config = held_config
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _own_attention(model: Any) -> Iterator[None]:
+    """Name the model's own attention implementation while its configuration is written."""
+    done: Swap | None = getattr(model, "squeeze_swap", None)
+    if done is None or done.dense is None:
+        yield
+        return
+    config = model.config.get_text_config(decoder=True)
+    ours = config._attn_implementation
+    config._attn_implementation = done.dense
+    try:
+        yield
+    finally:
+        config._attn_implementation = ours
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Hash every file of ``folder`` into its manifest and push everything to the disk."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            files[path.relative_to(folder).as_posix()] = {
+                "bytes": path.stat().st_size, "sha256": _sha256(path),
+            }  # fmt: skip
+    manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _fsync(path)
+    _fsync(folder)
+
+
+def publish(folder: Path, output: Path, overwrite: bool) -> None:
+    """Make ``folder`` appear as ``output`` by one rename."""
+    old = output.with_name(f".{output.name}.old")
+    if overwrite and output.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        os.replace(output, old)
+    os.replace(folder, output)
+    _fsync(output.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write text through a temporary neighbour and a rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _fsync(temporary)
+    os.replace(temporary, path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: missing, not JSON, or of a newer format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = int(manifest["format_version"])
+    except FileNotFoundError as error:
+        raise CheckpointError(str(folder), f"no {MANIFEST} there", "a folder that squeeze wrote",
+                              "Check the path, or run 'squeeze run' again") from error  # fmt: skip
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(str(path), "is not a manifest", "the file that squeeze wrote",
+                              "Restore it, or run 'squeeze run' again") from error  # fmt: skip
+    if version > FORMAT_VERSION:
+        raise CheckpointError(str(path), f"checkpoint format {version} is newer than this squeeze",
+                              f"up to {FORMAT_VERSION}", "Upgrade squeeze")  # fmt: skip
+    return manifest  # type: ignore[no-any-return]
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint against its manifest and return the manifest.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or changed; the message names it.
+    """
+    manifest = read_manifest(folder)
+    for name, facts in manifest.get("files", {}).items():
+        path = folder / name
+        remedy = "Copy the checkpoint again, or run 'squeeze run' again"
+        if not path.is_file():
+            raise CheckpointError(str(path), "is missing", f"the files that {MANIFEST} lists",
+                                  remedy)  # fmt: skip
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise CheckpointError(str(path), f"has {size} bytes", f"{facts['bytes']} bytes, as "
+                                  f"{MANIFEST} says", remedy)  # fmt: skip
+        if _sha256(path) != facts["sha256"]:
+            raise CheckpointError(str(path), f"its content is not what {MANIFEST} says",
+                                  f"SHA-256 {facts['sha256'][:16]}...", remedy)  # fmt: skip
+    config = _read_config(folder)
+    if config.get("plan") != json.loads(json.dumps(manifest.get("plan"))):
+        raise CheckpointError(str(folder), f"the plans in config.json and {MANIFEST} differ",
+                              "one checkpoint's files together",
+                              "Copy the checkpoint again as a whole")  # fmt: skip
+    return manifest
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("quantization_config") or {}
+
+
+def rebuild(model: PreTrainedModel, config: SqueezeConfig) -> None:
+    """Give an empty model the modules of a squeezed checkpoint, still without values."""
+    if int(config.format_version) > FORMAT_VERSION:
+        raise CheckpointError(
+            "config.json", f"checkpoint format {config.format_version} is newer than this squeeze",
+            f"up to {FORMAT_VERSION}", "Upgrade squeeze",
+        )  # fmt: skip
+    plan = Plan.from_dict(config.plan)
+    device = torch.device("meta")
+    for row in plan.weights:
+        linear: Any = model.get_submodule(row.module)
+        method: Any = registry.get("weights", row.method["method"])(
+            **{k: v for k, v in row.method.items() if k not in ("method", "targets", "ignore")}
+        )
+        replacement = ClusteredLinear.from_weight(
+            method.empty(*row.shape, device), linear.bias, dtype=linear.weight.dtype,
+            implementation=Implementation.REFERENCE,
+        )  # fmt: skip
+        replace_module(model, row.module, replacement)
+    done = Swap(model)
+    done.restorable = not plan.weights
+    tables = {
+        name: torch.empty(facts["shape"], dtype=resolve_dtype(facts["dtype"]), device=device)
+        for name, facts in config.tables.items()
+    }
+    attach_attention(done, plan, tables)
+    finish(done)
+
+
+def choose_implementations(model: PreTrainedModel) -> None:
+    """Resolve what computes each squeezed module, now that the device is known."""
+    device = str(next(model.parameters()).device)
+    chosen = Implementation(resolve_implementation(device))
+    for module in model.modules():
+        if isinstance(module, ClusteredLinear | LayerState):
+            module.implementation = chosen
+
+
+def dequantize(model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+    """Replace clustered layers by dense ones holding the same values, and drop the rest."""
+    dtype = resolve_dtype(dtype or model.dtype)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ClusteredLinear):
+            weight = reconstruct(module.clustered).to(dtype)
+            dense = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None,
+                              device="meta")  # fmt: skip
+            dense.weight = nn.Parameter(weight, requires_grad=False)
+            if module.bias is not None:
+                dense.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+            replace_module(model, name, dense)
+    done: Swap | None = getattr(model, "squeeze_swap", None)
+    if done is not None:
+        done.detach_attention()
+        del model.squeeze_swap, model.squeeze_statistics
+    return model
+
+
+def artifacts_of(folder: Path) -> Artifacts:
+    """Read the artifacts out of a checkpoint, verified.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or not one.
+    """
+    manifest = verify(folder)
+    plan = Plan.from_dict(manifest["plan"])
+    tensors = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    tensors[key] = file.get_tensor(key)
+    except SafetensorError as error:
+        raise CheckpointError(str(path), f"is not safetensors ({error})", "the file squeeze wrote",
+                              "Copy the checkpoint again") from error  # fmt: skip
+    weights = {}
+    for row in plan.weights:
+        method: Any = registry.get("weights", row.method["method"])(
+            **{k: v for k, v in row.method.items() if k not in ("method", "targets", "ignore")}
+        )
+        empty: ClusteredWeight = method.empty(*row.shape, torch.device("meta"))
+        weights[row.module] = ClusteredWeight(
+            tensors[f"{row.module}.indices"], tensors[f"{row.module}.codebook"],
+            tensors.get(f"{row.module}.scale"), empty.bits, empty.shape, empty.rows, empty.columns,
+        )  # fmt: skip
+    tables = {name: tensors[name] for name in _read_config(folder).get("tables", {})}
+    return Artifacts(plan, weights, tables)
+
+
+def export_compressed_tensors(
+    model: PreTrainedModel, artifacts: Artifacts, folder: Path, tokenizer: Any = None
+) -> None:
+    """Write palettes with 8-bit entries as int8 weights with a scale per output channel, exactly.
+
+    ``w = entry * scale``: the same numbers in the ``int-quantized`` format, which compressed-tensors
+    readers (vLLM among them) load. It costs 8 bits per weight; the KV and sparse settings stay
+    behind, as the format has no place for them.
+
+    Raises:
+        UnsupportedError: a module's codebook entries are not int8.
+    """
+    import compressed_tensors
+
+    state = {k: v for k, v in model.state_dict().items() if ".squeeze." not in k}
+    for name, weight in artifacts.weights.items():
+        if weight.codebook.dtype != torch.int8 or weight.scale is None:
+            raise UnsupportedError(
+                f"export: {name}", f"its codebook entries are {weight.codebook.dtype}",
+                "int8 entries with a row scale", "Run the recipe with entries: int8",
+            )  # fmt: skip
+        for part in ("indices", "codebook", "scale"):
+            state.pop(f"{name}.{part}")
+        entries = reconstruct(
+            ClusteredWeight(weight.indices, weight.codebook, None, weight.bits, weight.shape,
+                            weight.rows, weight.columns)
+        )  # fmt: skip
+        state[f"{name}.weight"] = entries.to(torch.int8)
+        state[f"{name}.weight_scale"] = weight.scale.view(-1, 1)
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    scheme = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel",
+              "dynamic": False}  # fmt: skip
+    config = json.loads(model.config.to_json_string(use_diff=True))
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "int-quantized",
+        "quantization_status": "compressed", "ignore": linears, "global_compression_ratio": None,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}},
+        "version": compressed_tensors.__version__,
+    }  # fmt: skip
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    kept = {k: v.contiguous() for k, v in state.items() if k not in tied}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    write_atomically(folder / "config.json", json.dumps(config, indent=2))
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def check_format(name: str) -> str:
+    """Return a known export format's name.
+
+    Raises:
+        RecipeError: it is not known.
+    """
+    if name not in FORMATS:
+        raise RecipeError("--format", f"unknown format {name!r}", ", ".join(FORMATS),
+                          nearest(name, FORMATS))  # fmt: skip
+    return name
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Causal attention over listed key blocks and single columns (K1)."""

@@ -1,0 +1,119 @@
+"""The specification of block-sparse causal attention: one block of queries at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from squeeze.types import BlockIndex
+
+DENSE_ROWS = 64
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: BlockIndex | None,
+    starts: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute what ``api.block_sparse_attention`` documents, in float32 (float64 for float64).
+
+    Rows are first shifted so that token 0 of each is its first real one. A block of queries then
+    gathers its listed keys, heads padded to the longest list, and takes one softmax over them.
+
+    Cost: two copies of the longest list's keys and values, one block's scores, float32 copies of
+    the inputs.
+    """
+    precise = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q, k, v = (_align(x, starts).to(precise) for x in (query, keys, values))
+    (B, H, T, D), H_kv = q.shape, k.shape[1]
+    size = DENSE_ROWS if index is None else index.block_size
+    longest = None if index is None else _longest(index)
+    q = q * scaling
+    out, lse = torch.empty_like(q), q.new_empty(B, H, T)
+    for i, first in enumerate(range(0, T, size)):
+        end = min(first + size, T)
+        if index is None or longest is None:
+            k_i, v_i = k[:, :, :end], v[:, :, :end]  # [B, H_kv, end, D]
+            seen = torch.arange(end, device=q.device)[None, None]
+        else:
+            seen = _listed(index, i, longest[i], T)  # [B, H, L]; T where a list is shorter
+            k_i, v_i = _gather(k, seen, H // H_kv), _gather(v, seen, H // H_kv)  # [B, H, L, D]
+        scores = q[:, :, first:end].reshape(B, k_i.shape[1], -1, D) @ k_i.mT
+        scores = scores.view(B, H, end - first, -1)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        rows = torch.arange(first, end, device=q.device)
+        scores.masked_fill_(seen[:, :, None] > rows[:, None], -torch.inf)
+        weights, lse[:, :, first:end] = _softmax(scores)
+        weights = weights.view(B, k_i.shape[1], -1, k_i.shape[2])
+        out[:, :, first:end] = (weights @ v_i).view(B, H, end - first, D)
+    out, lse = _restore(out, lse, starts)
+    return out.to(query.dtype), lse
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax and logsumexp over the last dimension; 0 and -inf for a row of -inf."""
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top.masked_fill(top == -torch.inf, 0.0)).exp_()
+    total = weights.sum(-1, keepdim=True)
+    weights /= total.masked_fill(total == 0, 1.0)
+    return weights, (top + total.log()).squeeze(-1)
+
+
+def _longest(index: BlockIndex) -> list[tuple[int, int]]:
+    """Return, per query block, the most blocks and the most columns that any head lists."""
+    blocks = index.block_offsets.diff().amax((0, 1)).tolist()
+    if index.column_offsets is None:
+        return [(count, 0) for count in blocks]
+    return list(zip(blocks, index.column_offsets.diff().amax((0, 1)).tolist(), strict=True))
+
+
+def _listed(index: BlockIndex, i: int, longest: tuple[int, int], T: int) -> Tensor:
+    """Return the positions that query block i reads, ``[B, H, L]``; T pads and is never read."""
+    size, device = index.block_size, index.block_ids.device
+    blocks = _slice(index.block_offsets, index.block_ids, i, longest[0], -(-T // size))
+    seen = (blocks[..., None] * size + torch.arange(size, device=device)).flatten(-2).clamp(max=T)
+    if index.column_offsets is None or index.column_ids is None:
+        return seen
+    columns = _slice(index.column_offsets, index.column_ids, i, longest[1], T)
+    return torch.cat((seen, columns), dim=-1)
+
+
+def _slice(offsets: Tensor, ids: Tensor, i: int, count: int, padding: int) -> Tensor:
+    """Return the ids of query block i, int64 ``[B, H, count]``, padded."""
+    slots = offsets[..., i, None] + torch.arange(count, device=ids.device)
+    inside = slots < offsets[..., i + 1, None]
+    listed = ids.gather(-1, slots.clamp(max=ids.shape[-1] - 1).long())
+    return listed.long().masked_fill(~inside, padding)
+
+
+def _gather(x: Tensor, seen: Tensor, groups: int) -> Tensor:
+    """Take positions ``[B, H, L]`` of ``x [B, H_kv, T, D]`` per query head, ``[B, H, L, D]``."""
+    B, H, L = seen.shape
+    heads = torch.arange(B * H, device=x.device).view(B, H, 1) // groups
+    rows = heads * x.shape[2] + seen.clamp(max=x.shape[2] - 1)
+    return x.flatten(0, 2).index_select(0, rows.flatten()).view(B, H, L, -1)
+
+
+def _align(x: Tensor, starts: Tensor | None) -> Tensor:
+    """Move each row's first real token to the front; the last token fills the end."""
+    if starts is None:
+        return x
+    T = x.shape[2]
+    tokens = (torch.arange(T, device=x.device) + starts[:, None]).clamp(max=T - 1)  # [B, T]
+    return x.gather(2, tokens[:, None, :, None].expand_as(x))
+
+
+def _restore(out: Tensor, lse: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Undo ``_align``; padding gives 0 and -inf."""
+    if starts is None:
+        return out, lse
+    positions = torch.arange(out.shape[2], device=out.device) - starts[:, None]  # [B, T]
+    padding = (positions < 0)[:, None]
+    tokens = positions.clamp(min=0)[:, None].expand_as(lse)
+    out = out.gather(2, tokens[..., None].expand_as(out)).masked_fill(padding[..., None], 0.0)
+    return out, lse.gather(2, tokens).masked_fill(padding, -torch.inf)

@@ -1,0 +1,257 @@
+"""Block-sparse causal flash attention in Triton; ``reference`` is what it computes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from squeeze.types import BlockIndex
+
+LOG2_E = 1.4426950408889634
+DENSE_ROWS = 128
+KEY_TILE = 64
+
+
+@triton.jit
+def _bounded(scores, SOFTCAP: tl.constexpr, LOG2_E: tl.constexpr):
+    """Apply the bound to scaled scores and change to base 2; without one, scores are in base 2."""
+    if SOFTCAP > 0:
+        decay = tl.exp2(tl.abs(scores) * (-2.0 * LOG2_E / SOFTCAP))
+        magnitude = (1.0 - decay) / (1.0 + decay) * (SOFTCAP * LOG2_E)
+        scores = tl.where(scores < 0, -magnitude, magnitude)
+    return scores
+
+
+@triton.jit
+def _tile(
+    acc,
+    total,
+    top,
+    q,
+    k_pointers,
+    v_pointers,
+    row_mask,
+    channel_mask,
+    visible,
+    scale,
+    SOFTCAP: tl.constexpr,
+    LOG2_E: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    MASK_CHANNELS: tl.constexpr,
+    MASK_SCORES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Take one tile of keys and values into the online softmax.
+
+    s = scale * q k^T (base 2); top' = max(top, rowmax(s)); p = 2^(s - top');
+    acc' = acc * 2^(top - top') + p v; total' = total * 2^(top - top') + rowsum(p).
+    """
+    if MASK_ROWS or MASK_CHANNELS:
+        mask = row_mask[:, None] & channel_mask[None, :]
+        k = tl.load(k_pointers, mask=mask, other=0.0)
+    else:
+        k = tl.load(k_pointers)
+    if UPCAST:
+        k = k.to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [M, N]
+    scores = _bounded(scores, SOFTCAP, LOG2_E)
+    if MASK_SCORES:
+        scores = tl.where(visible, scores, -float("inf"))
+    raised = tl.maximum(top, tl.max(scores, 1))
+    # A row that has seen no key yet keeps -inf; 0 stands in so that -inf - -inf never happens.
+    base = tl.where(raised == -float("inf"), 0.0, raised) if MASK_SCORES else raised
+    p = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    if MASK_ROWS or MASK_CHANNELS:
+        v = tl.load(v_pointers, mask=mask, other=0.0)
+    else:
+        v = tl.load(v_pointers)
+    if UPCAST:
+        v = v.to(tl.float32)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, total, raised
+
+
+@triton.jit
+def _attention(
+    query,
+    keys,
+    values,
+    out,
+    lse,
+    starts,
+    block_offsets,
+    block_ids,
+    column_offsets,
+    column_ids,
+    q_b,
+    q_h,
+    q_t,
+    q_d,
+    k_b,
+    k_h,
+    k_t,
+    k_d,
+    v_b,
+    v_h,
+    v_t,
+    v_d,
+    block_capacity,
+    column_capacity,
+    T,
+    scale,
+    H: tl.constexpr,
+    GROUPS: tl.constexpr,
+    D: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LOG2_E: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    LISTED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Attend one block of queries of one head: listed blocks, the diagonal, then columns.
+
+    Tiles are ``[BLOCK_M, BLOCK_D]`` of queries and ``[BLOCK_N, BLOCK_D]`` of keys and values. The
+    accumulator, row sums and row maxima are float32 in registers; both products accumulate in
+    float32, the second one takes p in the dtype of the values. Only the last listed block is masked
+    by causality among blocks, since ids ascend; columns always are. Program 0 of the second grid
+    axis has the longest rows, so that the short ones fill the end of the launch.
+    """
+    program = tl.program_id(0)
+    b = (program // H).to(tl.int64)
+    h = (program % H).to(tl.int64)
+    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    start = tl.load(starts + b) if HAS_STARTS else b * 0
+    length = T - start
+    first = block * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)  # positions of the queries
+    # Positions past a row's end stand for its padding, so that every output row is written.
+    tokens = tl.where(rows < length, start + rows, rows - length)
+    writable = rows < T
+    channels = tl.arange(0, BLOCK_D)
+    inside = channels < D
+    q_rows = query + b * q_b + h * q_h + tokens[:, None] * q_t + channels[None, :] * q_d
+    q = tl.load(q_rows, mask=writable[:, None] & inside[None, :], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    offsets = tl.arange(0, BLOCK_N)
+    k_head = keys + b * k_b + (h // GROUPS) * k_h + start * k_t
+    v_head = values + b * v_b + (h // GROUPS) * v_h + start * v_t
+    k_tile = offsets[:, None] * k_t + channels[None, :] * k_d
+    v_tile = offsets[:, None] * v_t + channels[None, :] * v_d
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    PER_BLOCK: tl.constexpr = BLOCK_M // BLOCK_N
+    NARROW: tl.constexpr = BLOCK_D != D
+
+    if LISTED:
+        lists = program.to(tl.int64) * (tl.num_programs(1) + 1) + block
+        begin = tl.load(block_offsets + lists)
+        end = tl.load(block_offsets + lists + 1)
+        ids = block_ids + program.to(tl.int64) * block_capacity
+    else:
+        begin = 0
+        end = block + 1
+        ids = block_ids
+    if first >= length:
+        end = begin
+
+    for t in range(begin * PER_BLOCK, (end - 1) * PER_BLOCK):
+        if LISTED:
+            key = tl.load(ids + t // PER_BLOCK) * BLOCK_M + t % PER_BLOCK * BLOCK_N
+        else:
+            key = t * BLOCK_N
+        key = key.to(tl.int64)
+        acc, total, top = _tile(
+            acc, total, top, q, k_head + key * k_t + k_tile, v_head + key * v_t + v_tile,
+            offsets < BLOCK_N, inside, True, scale,
+            SOFTCAP, LOG2_E, False, NARROW, False, UPCAST,
+        )  # fmt: skip
+    if end > begin:
+        last = tl.load(ids + end - 1) if LISTED else block
+        for t in range(0, PER_BLOCK):
+            positions = last * BLOCK_M + t * BLOCK_N + offsets
+            key = (last * BLOCK_M + t * BLOCK_N).to(tl.int64)
+            acc, total, top = _tile(
+                acc, total, top, q, k_head + key * k_t + k_tile, v_head + key * v_t + v_tile,
+                positions < length, inside, positions[None, :] <= rows[:, None], scale,
+                SOFTCAP, LOG2_E, True, NARROW, True, UPCAST,
+            )  # fmt: skip
+    if COLUMNS:
+        begin = tl.load(column_offsets + lists)
+        end = tl.load(column_offsets + lists + 1)
+        if first >= length:
+            end = begin
+        ids = column_ids + program.to(tl.int64) * column_capacity
+        for t in range(begin, end, BLOCK_N):
+            listed = t + offsets < end
+            positions = tl.load(ids + t + offsets, mask=listed, other=0).to(tl.int64)
+            acc, total, top = _tile(
+                acc, total, top, q,
+                k_head + positions[:, None] * k_t + channels[None, :] * k_d,
+                v_head + positions[:, None] * v_t + channels[None, :] * v_d,
+                listed, inside, listed[None, :] & (positions[None, :] <= rows[:, None]), scale,
+                SOFTCAP, LOG2_E, True, NARROW, True, UPCAST,
+            )  # fmt: skip
+
+    real = (rows < length) & (total > 0.0)
+    total = tl.where(real, total, 1.0)
+    acc = acc / total[:, None]
+    target = program.to(tl.int64) * T + tokens
+    logs = tl.where(real, (top + tl.log2(total)) / LOG2_E, -float("inf"))
+    tl.store(lse + target, logs, mask=writable)
+    pointers = out + target[:, None] * D + channels[None, :]
+    acc = tl.where(real[:, None], acc, 0.0).to(out.dtype.element_ty)
+    tl.store(pointers, acc, mask=writable[:, None] & inside[None, :])
+
+
+def launch_options(rows: int, head_dim: int, element_bytes: int) -> dict[str, int]:
+    """Return warps and pipeline stages for query blocks of ``rows`` and a padded head size."""
+    heavy = head_dim * element_bytes > 256
+    return {"num_warps": 8 if rows == 128 or heavy else 4, "num_stages": 1 if heavy else 2}
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: BlockIndex | None,
+    starts: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel; arguments and results are those of ``api.block_sparse_attention``.
+
+    The output is contiguous. Nothing waits for the device. Cost: reads each query tile once and the
+    listed keys and values once per query block and head; no scratch memory.
+    """
+    (B, H, T, D), H_kv = query.shape, keys.shape[1]
+    rows = DENSE_ROWS if index is None else index.block_size
+    out = torch.empty(B, H, T, D, dtype=query.dtype, device=query.device)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
+    lists: list[Tensor | None] = [None] * 4
+    if index is not None:
+        tensors = (index.block_offsets, index.block_ids, index.column_offsets, index.column_ids)
+        lists = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    capacities = [0 if lists[i] is None else lists[i].shape[-1] for i in (1, 3)]
+    padded = max(16, triton.next_power_of_2(D))
+    _attention[(B * H, triton.cdiv(T, rows))](
+        query, keys, values, out, lse, starts, *lists,
+        *query.stride(), *keys.stride(), *values.stride(), *capacities, T,
+        scaling if softcap else scaling * LOG2_E,
+        H=H, GROUPS=H // H_kv, D=D, SOFTCAP=softcap or 0.0, LOG2_E=LOG2_E,
+        HAS_STARTS=starts is not None, LISTED=index is not None, COLUMNS=lists[2] is not None,
+        UPCAST=query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
+        BLOCK_M=rows, BLOCK_N=KEY_TILE, BLOCK_D=padded,
+        **launch_options(rows, padded, query.element_size()),
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,507 @@
+"""Split-KV decode attention in Triton: one pass over packed blocks and exact slots, one merge.
+
+A program owns the query rows of one KV head (the group's heads times the current tokens, packed
+into one tile) and a run of blocks, or the exact slots (split 0). Blocks are reached through tables
+of addresses, so segments of the cache need not be adjacent. How a block is read comes from
+``tiles/<format>.py``.
+"""
+
+# Triton has no unpacking inside a tuple.
+# ruff: noqa: RUF005
+
+from __future__ import annotations
+
+import importlib
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from squeeze.types import PackedBlocks
+
+LOG2_E = math.log2(math.e)
+# Rows of a tile -> warps. Fewer warps leave more programs per SM, which hides latency.
+WARPS = {16: 4, 32: 4, 64: 4}
+PROGRAMS_PER_SM = 4
+INTERPRETED_PROGRAMS = 12
+# A split shorter than this costs more to start and merge than it saves.
+TOKENS_PER_SPLIT = 256
+MAX_SPLITS = 256
+EXACT_TOKENS = 64
+
+
+class Side(NamedTuple):
+    """What the kernel is given of the packed keys or values."""
+
+    tables: tuple[Tensor, ...]
+    module: ModuleType
+    meta: tuple[int, ...]
+    parts: tuple[int, int, int]
+
+
+@triton.jit
+def _soft_cap(scores, cap):
+    """``cap * tanh(scores / cap)``; stays finite for any score."""
+    return cap - 2.0 * cap / (tl.exp2(scores * (2.0 * 1.4426950408889634 / cap)) + 1.0)
+
+
+@triton.jit
+def _weigh(scores, maximum, total):
+    """One step of the base-2 online softmax: weights, decay of what was summed, new state."""
+    new = tl.maximum(maximum, tl.max(scores, 1))
+    finite = tl.where(new == float("-inf"), 0.0, new)
+    weights = tl.exp2(scores - finite[:, None])
+    decay = tl.exp2(maximum - finite)
+    return weights, decay, new, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def _query_parts(query, offsets, valid, PARTS: tl.constexpr):
+    """Load the query rows as a tuple of channel ranges ``[M, width]``, zero outside."""
+    channel = tl.arange(0, PARTS[2])
+    mask = valid[:, None] & (channel < PARTS[1])[None, :]
+    COUNT: tl.constexpr = PARTS[0]
+    result = ()
+    for part in tl.static_range(0, COUNT):
+        columns = channel + part * PARTS[1]
+        tile = tl.load(query + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+        result = result + (tile,)
+    return result
+
+
+@triton.jit
+def _store_parts(partial, row, valid, output, PARTS: tl.constexpr, STRIDE, D: tl.constexpr):
+    """Store a tuple of channel ranges into the partial outputs ``[rows, splits, D]``."""
+    channel = tl.arange(0, PARTS[2])
+    COUNT: tl.constexpr = PARTS[0]
+    mask = valid[:, None] & (channel < PARTS[1])[None, :]
+    for part in tl.static_range(0, COUNT):
+        columns = channel + part * PARTS[1]
+        tl.store(partial + row[:, None] * (STRIDE * D) + columns[None, :], output[part], mask=mask)
+
+
+@triton.jit
+def _rows(slab, kv_heads, groups, steps, M: tl.constexpr):
+    """Of the tile's rows: batch row, KV head, query head, step, row of the scratch, is valid."""
+    index = tl.program_id(2) * M + tl.arange(0, M)
+    head = slab % kv_heads
+    heads = head * groups + index // steps
+    row = slab * (groups * steps) + index
+    return slab // kv_heads, head, heads, index % steps, row, index < groups * steps
+
+
+@triton.jit
+def _exact(
+    query,
+    exact_keys,
+    exact_values,
+    exact_counts,
+    partial,
+    strides,
+    key_strides,
+    value_strides,
+    scaling,
+    softcap,
+    kv_heads,
+    groups,
+    steps,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EXACT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Walk the exact slots in tiles of EXACT tokens, causal among the current ones."""
+    WIDTH: tl.constexpr = PARTS[2]
+    slab = tl.program_id(1).to(tl.int64)
+    batch, head, heads, step, row, valid = _rows(slab, kv_heads, groups, steps, M)
+    offsets = batch * strides[0] + heads * strides[1] + step * strides[2]
+    tile = _query_parts(query, offsets, valid, PARTS)[0]
+    count = tl.load(exact_counts + batch)
+    limits = count - (steps - 1 - step)
+    keys = exact_keys + batch * key_strides[0] + head * key_strides[1]
+    values = exact_values + batch * value_strides[0] + head * value_strides[1]
+    channel = tl.arange(0, WIDTH)
+    maximum = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    output = tl.zeros((M, WIDTH), tl.float32)
+    for start in range(0, count, EXACT):
+        slot = start + tl.arange(0, EXACT)
+        mask = (slot < count)[:, None] & (channel < D)[None, :]
+        places = slot[:, None].to(tl.int64) * key_strides[2] + channel[None, :]
+        loaded = tl.load(keys + places, mask=mask, other=0.0)
+        scores = tl.dot(tile, tl.trans(loaded), input_precision="ieee") * scaling
+        if HAS_SOFTCAP:
+            scores = _soft_cap(scores, softcap)
+        visible = slot[None, :] < limits[:, None]
+        scores = tl.where(visible, scores * 1.4426950408889634, float("-inf"))
+        weights, decay, maximum, total = _weigh(scores, maximum, total)
+        places = slot[:, None].to(tl.int64) * value_strides[2] + channel[None, :]
+        loaded = tl.load(values + places, mask=mask, other=0.0)
+        output *= decay[:, None]
+        output = tl.dot(weights.to(loaded.dtype), loaded, output, input_precision="ieee")
+    _store_parts(partial, row, valid, (output,), PARTS, SPLITS + 1, D)
+    return maximum, total
+
+
+@triton.jit
+def _packed(
+    query,
+    shift,
+    key_tables,
+    value_tables,
+    block_counts,
+    partial,
+    strides,
+    scaling,
+    softcap,
+    kv_heads,
+    groups,
+    steps,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    KEY_SCORE: tl.constexpr,
+    KEY_META: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    VALUE_ACCUMULATE: tl.constexpr,
+    VALUE_META: tl.constexpr,
+    VALUE_PARTS: tl.constexpr,
+):
+    """Walk this split's share of the row's packed blocks, one block of L tokens at a time."""
+    COUNT: tl.constexpr = VALUE_PARTS[0]
+    WIDTH: tl.constexpr = VALUE_PARTS[2]
+    dtype: tl.constexpr = query.dtype.element_ty
+    split = tl.program_id(0)
+    slab = tl.program_id(1).to(tl.int64)
+    batch, _, heads, step, row, valid = _rows(slab, kv_heads, groups, steps, M)
+    offsets = batch * strides[0] + heads * strides[1] + step * strides[2]
+    tiles = _query_parts(query, offsets, valid, KEY_PARTS)
+    count = tl.load(block_counts + batch)
+    share = tl.cdiv(count, SPLITS)
+    first = (split - 1) * share
+    last = tl.minimum(first + share, count)
+    if HAS_SHIFT:
+        added = tl.load(shift + row, mask=valid, other=0.0)
+    maximum = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    output = ()
+    for _ in tl.static_range(0, COUNT):
+        output = output + (tl.zeros((M, WIDTH), tl.float32),)
+    for block in range(first, last):
+        scores = KEY_SCORE(key_tables, block, slab, tiles, KEY_META)
+        if HAS_SHIFT:
+            scores += added[:, None]
+        scores *= scaling
+        if HAS_SOFTCAP:
+            scores = _soft_cap(scores, softcap)
+        weights, decay, maximum, total = _weigh(scores * 1.4426950408889634, maximum, total)
+        decayed = ()
+        for part in tl.static_range(0, COUNT):
+            decayed = decayed + (output[part] * decay[:, None],)
+        output = VALUE_ACCUMULATE(value_tables, block, slab, weights, decayed, dtype, VALUE_META)
+    _store_parts(partial, row, valid, output, VALUE_PARTS, SPLITS + 1, D)
+    return maximum, total
+
+
+@triton.jit
+def _attend(
+    query,
+    packed_query,
+    shift,
+    key_tables,
+    value_tables,
+    block_counts,
+    exact_keys,
+    exact_values,
+    exact_counts,
+    partial,
+    maxima,
+    totals,
+    query_strides,
+    packed_query_strides,
+    key_strides,
+    value_strides,
+    scaling,
+    softcap,
+    kv_heads,
+    groups,
+    steps,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EXACT: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    KEY_SCORE: tl.constexpr,
+    KEY_META: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    VALUE_ACCUMULATE: tl.constexpr,
+    VALUE_META: tl.constexpr,
+    VALUE_PARTS: tl.constexpr,
+    DENSE_PARTS: tl.constexpr,
+):
+    """Online softmax over one split: ``o = sum 2**(s - m) v``, ``l = sum 2**(s - m)``, ``m``.
+
+    Split 0 walks the exact slots, splits 1 to SPLITS share the row's packed blocks evenly. Query
+    tile ``[M, D]``, scores ``[M, L]`` and output stay in registers; products take operands of the
+    query's dtype and add up in float32, as do m and l.
+    """
+    split = tl.program_id(0)
+    slab = tl.program_id(1).to(tl.int64)
+    row, valid = _rows(slab, kv_heads, groups, steps, M)[4:]
+    partial += split * D
+    maximum = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    if split == 0:
+        maximum, total = _exact(
+            query,
+            exact_keys,
+            exact_values,
+            exact_counts,
+            partial,
+            query_strides,
+            key_strides,
+            value_strides,
+            scaling,
+            softcap,
+            kv_heads,
+            groups,
+            steps,
+            D,
+            M,
+            SPLITS,
+            EXACT,
+            HAS_SOFTCAP,
+            DENSE_PARTS,
+        )
+    elif SPLITS > 0:
+        maximum, total = _packed(
+            packed_query,
+            shift,
+            key_tables,
+            value_tables,
+            block_counts,
+            partial,
+            packed_query_strides,
+            scaling,
+            softcap,
+            kv_heads,
+            groups,
+            steps,
+            D,
+            M,
+            SPLITS,
+            HAS_SHIFT,
+            HAS_SOFTCAP,
+            KEY_SCORE,
+            KEY_META,
+            KEY_PARTS,
+            VALUE_ACCUMULATE,
+            VALUE_META,
+            VALUE_PARTS,
+        )
+    tl.store(maxima + row * (SPLITS + 1) + split, maximum, mask=valid)
+    tl.store(totals + row * (SPLITS + 1) + split, total, mask=valid)
+
+
+@triton.jit
+def _merge(
+    partial,
+    maxima,
+    totals,
+    packed_output,
+    exact_output,
+    lse,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ALL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT_OUTPUT: tl.constexpr,
+):
+    """Combine one row's splits: ``o = sum o_i 2**(m_i - m) / sum l_i 2**(m_i - m)``.
+
+    A program takes WIDTH channels of one row, CHUNK splits at a time, in float32.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < D
+    base = row * (SPLITS + 1)
+    splits = tl.arange(0, ALL)
+    local = tl.load(maxima + base + splits, mask=splits <= SPLITS, other=float("-inf"))
+    sums = tl.load(totals + base + splits, mask=splits <= SPLITS, other=0.0)
+    maximum = tl.max(local, 0)
+    finite = tl.where(maximum == float("-inf"), 0.0, maximum)
+    total = tl.sum(sums * tl.exp2(local - finite), 0)
+    divisor = tl.where(total == 0.0, 1.0, total)
+    exact = tl.load(partial + base * D + column, mask=inside, other=0.0)
+    exact *= tl.exp2(tl.load(maxima + base) - finite) / divisor
+    packed = tl.zeros((WIDTH,), tl.float32)
+    for start in range(1, SPLITS + 1, CHUNK):
+        part = start + tl.arange(0, CHUNK)
+        there = part <= SPLITS
+        local = tl.load(maxima + base + part, mask=there, other=float("-inf"))
+        places = (base + part)[:, None] * D + column[None, :]
+        tile = tl.load(partial + places, mask=there[:, None] & inside[None, :], other=0.0)
+        packed += tl.sum(tile * tl.exp2(local - finite)[:, None], 0)
+    packed /= divisor
+    if SPLIT_OUTPUT:
+        tl.store(packed_output + row * D + column, packed, mask=inside)
+        tl.store(exact_output + row * D + column, exact, mask=inside)
+    else:
+        tl.store(packed_output + row * D + column, packed + exact, mask=inside)
+    if tl.program_id(1) == 0:
+        logarithm = (finite + tl.log2(divisor)) * 0.6931471805599453
+        tl.store(lse + row, tl.where(total == 0.0, float("-inf"), logarithm))
+
+
+def decode_attention(
+    query: Tensor,
+    packed_query: Tensor,
+    shift: Tensor | None,
+    keys: PackedBlocks | None,
+    values: PackedBlocks | None,
+    block_counts: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    exact_counts: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    max_blocks: int,
+    split_output: bool,
+) -> tuple[Tensor, ...]:
+    """Launch both kernels; arguments and results as in ``api.decode_attention``.
+
+    Nothing is read back from the device: the grid follows from ``max_blocks``, and rows with fewer
+    blocks share theirs among the same programs.
+
+    Raises:
+        ValueError: a dtype, stride or block length that the kernel does not take.
+    Cost: scratch of ``4 * (D + 2) * (splits + 1)`` bytes per query row.
+    """
+    dense = [query, packed_query, exact_keys, exact_values]
+    _check(dense, shift)
+    batch, heads, steps, size = query.shape
+    kv_heads = exact_keys.shape[1]
+    rows = heads // kv_heads * steps
+    tile = min(64, max(16, triton.next_power_of_2(rows)))
+    length = 0 if keys is None else keys.length
+    splits = _splits(query.device, batch * kv_heads * triton.cdiv(rows, tile), max_blocks, length)
+    key_side = _side(keys, exact_counts, size)
+    value_side = _side(values, exact_counts, size)
+    shape = (batch * kv_heads * rows, splits + 1)
+    partial = query.new_empty(*shape, size, dtype=torch.float32)
+    maxima, totals = query.new_empty(2, *shape, dtype=torch.float32)
+    outputs = query.new_empty(2 if split_output else 1, *query.shape, dtype=torch.float32)
+    lse = query.new_empty(batch, heads, steps, dtype=torch.float32)
+    _attend[(splits + 1, batch * kv_heads, triton.cdiv(rows, tile))](
+        query,
+        packed_query,
+        lse if shift is None else shift.contiguous(),
+        key_side.tables,
+        value_side.tables,
+        block_counts,
+        exact_keys,
+        exact_values,
+        exact_counts,
+        partial,
+        maxima,
+        totals,
+        *(x.stride()[:3] for x in dense),
+        scaling,
+        softcap or 1.0,
+        kv_heads,
+        heads // kv_heads,
+        steps,
+        D=size,
+        M=tile,
+        SPLITS=splits,
+        EXACT=EXACT_TOKENS,
+        HAS_SHIFT=shift is not None,
+        HAS_SOFTCAP=softcap is not None,
+        KEY_SCORE=key_side.module.score,
+        KEY_META=key_side.meta,
+        KEY_PARTS=key_side.parts,
+        VALUE_ACCUMULATE=value_side.module.accumulate,
+        VALUE_META=value_side.meta,
+        VALUE_PARTS=value_side.parts,
+        DENSE_PARTS=_tiles("raw").parts(None, size),
+        num_warps=WARPS[tile],
+    )
+    width = min(64, triton.next_power_of_2(size))
+    _merge[(shape[0], triton.cdiv(size, width))](
+        partial,
+        maxima,
+        totals,
+        outputs[0],
+        outputs[-1],
+        lse,
+        D=size,
+        SPLITS=splits,
+        ALL=triton.next_power_of_2(splits + 1),
+        WIDTH=width,
+        CHUNK=min(16, triton.next_power_of_2(max(splits, 1))),
+        SPLIT_OUTPUT=split_output,
+        num_warps=4,
+    )
+    return (*outputs.unbind(0), lse)
+
+
+def _tiles(name: str) -> ModuleType:
+    """Import the tile functions of a format."""
+    return importlib.import_module(f"squeeze.kernels.decode_attention.tiles.{name}")
+
+
+def _side(blocks: PackedBlocks | None, unused: Tensor, size: int) -> Side:
+    """Collect one side's tables and compile-time facts; a stand-in when nothing is packed."""
+    if blocks is None:
+        module = _tiles("raw")
+        return Side((unused,), module, module.describe(None, 32, size), module.parts(None, size))
+    module = _tiles(blocks.format.info.name)
+    addresses = blocks.addresses or _addresses(blocks)
+    tables = tuple(addresses[name] for name in module.COMPONENTS if name in addresses)
+    tables += tuple(blocks.parameters[name] for name in module.PARAMETERS)
+    meta = module.describe(blocks.format, blocks.length, size)
+    return Side(tables, module, meta, module.parts(blocks.format, size))
+
+
+def _addresses(blocks: PackedBlocks) -> dict[str, Tensor]:
+    """Tabulate where every block of every component starts."""
+    tables: dict[str, list[Tensor]] = {}
+    for segment in blocks.segments:
+        for name, x in segment.items():
+            places = torch.arange(x.shape[0], device=x.device) * (x.stride(0) * x.element_size())
+            tables.setdefault(name, []).append(places + x.data_ptr())
+    return {name: torch.cat(parts) for name, parts in tables.items()}
+
+
+def _splits(device: torch.device, programs: int, max_blocks: int, length: int) -> int:
+    """Choose into how many runs the packed blocks of a row are divided; 0 without blocks."""
+    wanted = INTERPRETED_PROGRAMS
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        wanted = processors * PROGRAMS_PER_SM
+    longest = triton.cdiv(max_blocks * length, TOKENS_PER_SPLIT)
+    return min(max(wanted // programs, 1), longest, MAX_SPLITS)
+
+
+def _check(dense: list[Tensor], shift: Tensor | None) -> None:
+    """Raise ValueError for what the kernel would misread."""
+    dtype: Any = dense[0].dtype
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"the kernel takes float16, bfloat16 and float32 queries, not {dtype}")
+    if any(x.dtype != dtype for x in dense):
+        raise ValueError(f"dtypes differ: {[x.dtype for x in dense]}")
+    if any(x.stride(-1) != 1 for x in dense):
+        raise ValueError("channels of queries, exact keys and exact values must be adjacent")
+    if shift is not None and shift.dtype != torch.float32:
+        raise ValueError(f"shift must be float32, not {shift.dtype}")

@@ -1,0 +1,1 @@
+"""Exact weighted k-means of scalars, many independent problems at once."""

@@ -1,0 +1,1 @@
+"""K6: a linear layer whose weight is packed codebook indices."""

@@ -1,0 +1,72 @@
+"""Models and tokenizers from disk or the hub, with errors that say what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from squeeze.errors import CheckpointError
+from squeeze.model_info import load_config, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    source: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: Any = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model, dense or squeezed, in its checkpoint's own dtype.
+
+    Raises:
+        CheckpointError: missing, truncated or damaged files; the message names them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    load_config(source, trust_remote_code)
+    path = locate(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        )
+    except (SafetensorError, OSError, EOFError) as error:
+        first_line = str(error).strip().split("\n", 1)[0]
+        raise CheckpointError(
+            f"model {str(source)!r}", f"its weights cannot be read ({first_line})",
+            "complete safetensors files beside config.json", "Copy or download the model again",
+        ) from error  # fmt: skip
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(
+    source: str | Path, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        CheckpointError: the model comes without one.
+    """
+    from transformers import AutoTokenizer
+
+    path = locate(source)
+    remedy = "Save one there with tokenizer.save_pretrained, or choose another model"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        first_line = str(error).strip().split("\n", 1)[0]
+        raise CheckpointError(
+            f"model {str(source)!r}", f"has no tokenizer that can be read ({first_line})",
+            "tokenizer.json, or another form that AutoTokenizer reads", remedy,
+        ) from error  # fmt: skip
+    # Without any file transformers may answer with an empty one.
+    if len(tokenizer) == 0 or tokenizer("the") ["input_ids"] == []:
+        raise CheckpointError(
+            f"model {str(source)!r}", "has no tokenizer", "tokenizer.json or its like beside "
+            "config.json", remedy,
+        )  # fmt: skip
+    return tokenizer  # type: ignore[no-any-return]

@@ -1,0 +1,284 @@
+"""The one mutation: put artifacts into a model, and take them out again bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MethodType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from squeeze import registry
+from squeeze.attention import CacheHook, KVSettings, LayerState, register
+from squeeze.errors import UnsupportedError
+from squeeze.linear import ClusteredLinear
+from squeeze.plan import KVPlan, Plan
+from squeeze.quant.kv._raw import RawBlocks
+from squeeze.types import ClusteredWeight, Implementation, Tensors, resolve_dtype
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """What compression produced: the only thing that swap reads and export writes.
+
+    Attributes:
+        plan: What was decided.
+        weights: Module name to clustered weight.
+        tables: Dotted buffer name (``model.layers.0.self_attn.squeeze.keys_center_center``) to the
+            tensor a KV format or transform was fitted with.
+    """
+
+    plan: Plan
+    weights: dict[str, ClusteredWeight]
+    tables: Tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor."""
+        tables = sum(table.numel() * table.element_size() for table in self.tables.values())
+        return tables + sum(weight.nbytes for weight in self.weights.values())
+
+
+class Swap:
+    """A model with artifacts in it; leaving the ``with`` block, or ``restore``, takes them out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = {}
+        self.dense: str | None = None
+        self.states: dict[int, LayerState] = {}
+        self.names: dict[int, str] = {}
+        self.hook: Any = None
+        self.restorable = True
+
+    def __enter__(self) -> PreTrainedModel:
+        return self.model
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the model back its own modules and attention.
+
+        Raises:
+            UnsupportedError: the dense weights were freed, so there is nothing to go back to.
+        """
+        if not self.restorable:
+            raise UnsupportedError(
+                "swap", "the dense weights of this model were freed", "",
+                "Load the dense model again, or swap with keep_dense=True",
+            )  # fmt: skip
+        for name, module in self.modules.items():
+            replace_module(self.model, name, module)
+        self.modules = {}
+        self.detach_attention()
+        for name in ("squeeze_swap", "squeeze_statistics"):
+            if name in vars(self.model):
+                delattr(self.model, name)
+
+    def detach_attention(self) -> None:
+        """Undo ``attach_attention``."""
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+        for name in self.names.values():
+            del self.model.get_submodule(name).squeeze
+        if self.dense is not None:
+            self.model.set_attn_implementation(self.dense)
+        self.states, self.names, self.dense = {}, {}, None
+
+
+def swap(model: PreTrainedModel, artifacts: Artifacts, *, keep_dense: bool = True) -> Swap:
+    """Put artifacts into a model, in place.
+
+    Use it as a function, or in a ``with`` block that restores the model at the end.
+
+    Args:
+        model: A dense causal language model of the kind the plan was made for.
+        artifacts: What ``compress`` or ``load`` returned.
+        keep_dense: Keep the dense weights in memory for ``restore``; ``False`` frees them.
+
+    Raises:
+        UnsupportedError: the model is squeezed already, is another model, or fails the self-test.
+    """
+    if getattr(model, "squeeze_swap", None) is not None:
+        raise UnsupportedError("swap", "this model is squeezed already", "a dense model",
+                               "Restore it first, or load it again")  # fmt: skip
+    done = Swap(model)
+    packs = any(row.keys for row in artifacts.plan.kv_cache)
+    expected = _two_calls(model) if packs else None
+    try:
+        attach_attention(done, artifacts.plan, artifacts.tables)
+        if expected is not None:
+            _self_test(model, expected)
+        for row in artifacts.plan.weights:
+            original = _linear(model, row.module, row.shape)
+            weight = artifacts.weights[row.module]
+            done.modules[row.module] = original
+            device = original.weight.device
+            replacement = ClusteredLinear.from_weight(
+                _to(weight, device), original.bias, dtype=original.weight.dtype,
+                implementation=Implementation(row.implementation),
+            )  # fmt: skip
+            replace_module(model, row.module, replacement)
+    except BaseException:
+        done.restore()
+        raise
+    if not keep_dense and done.modules:
+        done.modules, done.restorable = {}, False
+    finish(done)
+    return done
+
+
+def finish(done: Swap) -> None:
+    """Give the model its ``squeeze_swap`` and ``squeeze_statistics`` attributes."""
+    model: Any = done.model
+    model.squeeze_swap = done
+    model.squeeze_statistics = MethodType(statistics, model)
+
+
+def statistics(model: Any) -> dict[str, Any]:
+    """Measurements of the last forward.
+
+    Returns:
+        ``density``: a list over attention layers of lists over query heads; the share of causal
+        query-key pairs that was computed, 1.0 where attention was dense.
+    """
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", 0)
+    states = model.squeeze_swap.states
+    layers = range(config.num_hidden_layers)
+    rows = []
+    for layer in layers:
+        measured = states[layer].density if layer in states else None
+        rows.append([1.0] * heads if measured is None else [float(d) for d in measured])
+    return {"density": rows}
+
+
+def attach_attention(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> None:
+    """Attach layer states, the attention function and the cache hook that the plan asks for."""
+    model = done.model
+    kv = {row.layer: row for row in plan.kv_cache if row.keys is not None}
+    prefill = {row.layer: row for row in plan.prefill if row.policy is not None}
+    if not kv and not prefill:
+        return
+    text = model.config.get_text_config(decoder=True)
+    if text.model_type != plan.model_type or text.num_hidden_layers < 1 + max([*kv, *prefill]):
+        raise UnsupportedError(
+            "swap", f"the model is {text.model_type!r} with {text.num_hidden_layers} layers",
+            f"the kind that the plan was made for, {plan.model_type!r}", "Plan again",
+        )  # fmt: skip
+    dense = text._attn_implementation
+    name = register(dense)
+    modules = {row.layer: row.module for row in (*plan.kv_cache, *plan.prefill)}
+    device = next(model.parameters()).device
+    for layer, module in modules.items():
+        row, policy = kv.get(layer), prefill.get(layer)
+        prefix = f"{module}.squeeze."
+        state = LayerState(
+            dense,
+            settings(row, plan) if row else None,
+            registry.get("prefill", policy.policy["method"])(**_parameters(policy.policy))
+            if policy and policy.policy else None,
+            row.implementation if row else policy.implementation if policy else "reference",
+            {n.removeprefix(prefix): _move(t, device) for n, t in tables.items()
+             if n.startswith(prefix)},
+        )  # fmt: skip
+        model.get_submodule(module).squeeze = state
+        done.states[layer], done.names[layer] = state, module
+    done.dense = dense
+    model.set_attn_implementation(name)
+    hook = CacheHook(text, done.states)
+    done.hook = model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def settings(row: KVPlan, plan: Plan) -> KVSettings:
+    """Build the objects that one layer's plan names."""
+    return KVSettings(
+        chain(row.keys), chain(row.values), row.block_length, plan.sink_tokens,
+        plan.residual_length,
+    )  # fmt: skip
+
+
+def chain(side: dict[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+    """Turn a side of the plan into its transforms in order, then its format."""
+    assert side is not None
+    transforms = tuple((n, registry.get("transform", n)()) for n in side.get("transforms", ()))
+    if side.get("bits") == 16:
+        return (*transforms, ("format", RawBlocks()))
+    made = registry.get("kv", side["method"])(**_parameters(side))
+    return (*transforms, ("format", made))
+
+
+def _parameters(method: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in method.items() if key not in ("method", "transforms")}
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if device.type == "meta" else tensor.to(device)
+
+
+def _linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear:
+    module = dict(model.named_modules()).get(name)
+    if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != tuple(shape):
+        found = type(module).__name__ if module is not None else "nothing"
+        raise UnsupportedError(
+            f"swap: {name}", f"found {found}", f"an nn.Linear of {shape[0]} x {shape[1]}",
+            "Use the model that the plan was made for",
+        )  # fmt: skip
+    return module
+
+
+def _to(weight: ClusteredWeight, device: torch.device) -> ClusteredWeight:
+    scale = None if weight.scale is None else weight.scale.to(device)
+    return ClusteredWeight(
+        weight.indices.to(device), weight.codebook.to(device), scale, weight.bits, weight.shape,
+        weight.rows, weight.columns,
+    )  # fmt: skip
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where ``name`` points."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+@torch.no_grad()
+def _two_calls(model: PreTrainedModel) -> Tensor:
+    """Logits of one step after a short prompt, over whatever cache the model makes."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    device = model.get_input_embeddings().weight.device
+    ids = (torch.arange(14, device=device) % (vocabulary - 1) + 1).view(2, 7)
+    training = model.training
+    model.eval()
+    first = model(ids[:, :-1], use_cache=True)
+    logits = model(ids[:, -1:], past_key_values=first.past_key_values, use_cache=True).logits
+    model.train(training)
+    return logits.float()  # type: ignore[no-any-return]
+
+
+def _self_test(model: PreTrainedModel, expected: Tensor) -> None:
+    """Compare a prompt and one step with the dense model's, while everything is still exact.
+
+    Raises:
+        UnsupportedError: the architecture does something to keys and values that the packed cache
+            does not know.
+    """
+    config = model.config.get_text_config(decoder=True)
+    eps = torch.finfo(resolve_dtype(model.dtype)).eps
+    tolerance = 8 * eps * config.num_hidden_layers * float(expected.abs().max().clamp(min=1e-3))
+    error = float((_two_calls(model) - expected).abs().max())
+    if not error <= tolerance:
+        raise UnsupportedError(
+            "swap", f"a {config.model_type!r} model fails the self-test: one step over a cache in "
+            f"which all is still exact differs from the dense model by {error:.3g}",
+            f"at most {tolerance:.3g}", "Remove kv_cache from the recipe for this architecture",
+        )  # fmt: skip

@@ -1,0 +1,228 @@
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from squeeze.errors import DeviceError, UnsupportedError
+from squeeze.kernels.decode_attention import api
+from squeeze.quant.kv._raw import RawBlocks
+from squeeze.quant.kv.affine import Affine
+from squeeze.types import Implementation, PackedBlocks
+
+KEYS4 = Affine(4, "channel", 64)
+VALUES4 = Affine(4, "token", 32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: formats, shape, and which options are on."""
+
+    keys: object
+    values: object
+    length: int = 64
+    batch: int = 2
+    kv_heads: int = 2
+    groups: int = 3
+    steps: int = 1
+    size: int = 64
+    blocks: tuple = (3, 1)
+    exact: tuple = (21, 5)
+    dtype: torch.dtype = torch.float32
+    softcap: float | None = None
+    shifted: bool = False
+
+
+def guarded(x):
+    """Copy ``x`` into the middle of a NaN buffer: non-contiguous, and overruns are visible."""
+    shape = [x.shape[0], x.shape[1], x.shape[2] + 3, x.shape[3] + 16]
+    buffer = torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)
+    view = buffer[:, :, 1 : 1 + x.shape[2], 8 : 8 + x.shape[3]]
+    view.copy_(x)
+    return view
+
+
+def packed(format, x, segments=2):
+    """Encode ``[N, B, H_kv, L, D]`` into separate segments, the last of them one slot."""
+    whole = format.encode(x, {})
+    cut = max(1, x.shape[0] - 1) if segments == 2 else x.shape[0]
+    parts = [{n: t[:cut].clone() for n, t in whole.items()}]
+    if cut < x.shape[0]:
+        parts.append({n: t[cut:].clone() for n, t in whole.items()})
+    return PackedBlocks(format, {}, tuple(parts), x.shape[-2])
+
+
+def poison(blocks, counts):
+    """Overwrite what a row does not own: its codes with ones, its floats with NaN."""
+    for row, count in enumerate(counts):
+        first = 0
+        for segment in blocks.segments:
+            size = next(iter(segment.values())).shape[0]
+            for x in segment.values():
+                x[max(count - first, 0) :, row] = -1 if x.dtype == torch.int32 else float("nan")
+            first += size
+
+
+def build(case, seed=0, device="cpu"):
+    """Make the arguments of one call; what lies past the counts is NaN."""
+    torch.manual_seed(seed)
+    n = max(case.blocks)
+    stored = (n, case.batch, case.kv_heads, case.length, case.size)
+    make = lambda *shape: torch.randn(*shape, dtype=torch.float32).to(case.dtype).to(device)  # noqa: E731
+    sides = [None, None]
+    if n:
+        sides = [packed(f, make(*stored)) for f in (case.keys, case.values)]
+        for side in sides:
+            poison(side, case.blocks)
+    heads = case.kv_heads * case.groups
+    queries = [guarded(make(case.batch, heads, case.steps, case.size)) for _ in range(2)]
+    exact = [make(case.batch, case.kv_heads, max(case.exact), case.size) for _ in range(2)]
+    for x in exact:
+        for row, count in enumerate(case.exact):
+            x[row, :, max(count, 0) :] = float("nan")
+    shift = torch.randn(case.batch, heads, case.steps) if case.shifted else None
+    ints = lambda values: torch.tensor(values, dtype=torch.int32, device=device)  # noqa: E731
+    counts = [ints(case.blocks), ints(case.exact)]
+    shift = None if shift is None else shift.to(device)
+    exact = [guarded(x) for x in exact]
+    return [*queries, shift, *sides, counts[0], *exact, counts[1]]
+
+
+def call(arguments, case, implementation, **options):
+    return api.decode_attention(
+        *arguments,
+        scaling=case.size**-0.5,
+        softcap=case.softcap,
+        implementation=implementation,
+        **options,
+    )
+
+
+def wide(arguments):
+    """The same call with every dense float in float64."""
+    return [
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in arguments
+    ]
+
+
+def textbook(arguments, case):
+    """Attention one query at a time over concatenated dense keys, float64."""
+    query, stored, shift, keys, values, blocks, exact_keys, exact_values, counts = wide(arguments)
+    dense = [
+        torch.cat([s.format.decode(p, {}) for p in s.segments]).double() if s else None
+        for s in (keys, values)
+    ]
+    output, lse = torch.zeros_like(query), torch.full(query.shape[:3], -torch.inf).double()
+    for b in range(query.shape[0]):
+        for h in range(query.shape[1]):
+            for i in range(query.shape[2]):
+                kv, end = h // case.groups, max(int(counts[b]) - (case.steps - 1 - i), 0)
+                scores, v = exact_keys[b, kv, :end] @ query[b, h, i], exact_values[b, kv, :end]
+                if keys is not None:
+                    k, pv = (x[: blocks[b], b, kv].reshape(-1, case.size) for x in dense)
+                    added = 0.0 if shift is None else shift[b, h, i]
+                    scores = torch.cat([scores, k @ stored[b, h, i] + added])
+                    v = torch.cat([v, pv])
+                scores = scores * case.size**-0.5
+                if case.softcap:
+                    scores = case.softcap * torch.tanh(scores / case.softcap)
+                if len(scores):
+                    output[b, h, i] = scores.softmax(0) @ v
+                    lse[b, h, i] = scores.logsumexp(0)
+    return output, lse
+
+
+REFERENCE_CASES = [
+    Case(KEYS4, VALUES4),
+    Case(KEYS4, VALUES4, steps=3, softcap=3.0, shifted=True),
+    Case(KEYS4, VALUES4, blocks=(0, 0), exact=(5, 2), steps=4),
+    Case(KEYS4, VALUES4, blocks=(2, 0), exact=(4, 1), steps=2, groups=1),
+]
+
+
+@pytest.mark.parametrize("case", REFERENCE_CASES)
+def test_reference_is_softmax_attention_over_decoded_blocks(case):
+    arguments = build(case)
+    oracle, oracle_lse = textbook(arguments, case)
+    output, lse = call(arguments, case, Implementation.REFERENCE)
+    assert output.dtype == lse.dtype == torch.float32
+    torch.testing.assert_close(output.double(), oracle, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), oracle_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [Implementation.REFERENCE, Implementation.TRITON])
+def test_parts_add_up_to_the_output(implementation):
+    case = Case(KEYS4, VALUES4, steps=2, shifted=True)
+    arguments = build(case)
+    whole, lse = call(arguments, case, implementation)
+    first, second, same = call(arguments, case, implementation, split_output=True)
+    torch.testing.assert_close(first + second, whole)
+    assert torch.equal(lse, same)
+    assert first.abs().amin(dim=(1, 2, 3)).gt(0).all() or first.abs().sum() > 0
+    blind = list(arguments)
+    blind[7] = torch.zeros_like(arguments[7])
+    alone, _ = call(blind, case, implementation)
+    torch.testing.assert_close(alone, first, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [Implementation.REFERENCE, Implementation.TRITON])
+def test_query_before_the_first_token_gets_zero(implementation):
+    case = Case(KEYS4, VALUES4, steps=4, blocks=(1, 0), exact=(6, 2))
+    output, lse = call(build(case), case, implementation)
+    assert torch.equal(output[1, :, :2], torch.zeros_like(output[1, :, :2]))
+    assert lse[1, :, :2].eq(-torch.inf).all()
+    assert output.isfinite().all()
+    assert lse[0].isfinite().all()
+    assert lse[1, :, 2:].isfinite().all()
+
+
+def within_budget(output, lse, arguments, case, band_dtype):
+    """Allow twice the reference's error to float64 plus one rounding of the operands' dtype."""
+    oracle, oracle_lse = textbook(arguments, case)
+    reference, reference_lse = call(arguments, case, Implementation.REFERENCE)
+    for name, got, own, truth in (
+        ("output", output, reference, oracle),
+        ("lse", lse, reference_lse, oracle_lse),
+    ):
+        seen = oracle_lse.isfinite()
+        assert torch.equal(got.isfinite().reshape(*seen.shape, -1).all(-1), seen | (name != "lse"))
+        error = (got.double() - truth)[seen].abs()
+        budget = 2 * (own.double() - truth)[seen].abs().max()
+        budget = budget + torch.finfo(band_dtype).eps * truth[seen].abs().max()
+        where = int(error.argmax())
+        message = f"{name}: max {error.max():.3e} mean {error.mean():.3e} at {where}, "
+        assert error.max() <= budget, message + f"budget {budget:.3e}, {case}"
+
+
+KERNEL_CASES = [
+    Case(Affine(4, "channel", 64), Affine(4, "token", 64)),
+    Case(Affine(4, "channel", 32), Affine(4, "token", 32), length=128, groups=7, kv_heads=1),
+    Case(Affine(2, "channel", 64), Affine(2, "token", 16), length=128, groups=1, shifted=True),
+    Case(Affine(3, "channel", 32), Affine(3, "token", 64), length=32, groups=4, softcap=2.0),
+    Case(Affine(8, "channel", 128), Affine(8, "token", 40), length=128, size=80),
+    Case(Affine(2, "token", 128), Affine(8, "channel", 32), size=128, kv_heads=1, steps=2),
+    Case(Affine(4, "token", 16), Affine(3, "channel", 32), size=80, kv_heads=1, steps=7),
+    Case(Affine(8, "token", 64, True), Affine(2, "token", 32, True), steps=13, shifted=True),
+    Case(Affine(3, "channel", 64, True), RawBlocks(), groups=4, steps=2),
+    Case(RawBlocks(), Affine(4, "channel", 64, True), size=80, kv_heads=3, groups=1),
+    Case(KEYS4, VALUES4, steps=40, exact=(67, 40), kv_heads=1),
+    Case(KEYS4, VALUES4, blocks=(0, 0), exact=(9, 3), steps=5),
+    Case(KEYS4, VALUES4, blocks=(9, 4), exact=(1, 1), kv_heads=1),
+]
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_kernel_matches_float64(case):
+    arguments = build(case, seed=KERNEL_CASES.index(case))
+    output, lse = call(arguments, case, Implementation.TRITON)
+    within_budget(output, lse, arguments, case, torch.float32)
+
+
+def test_kernel_in_half_precision():
+    case = Case(KEYS4, VALUES4, dtype=torch.float16, steps=2, shifted=True)
+    arguments = build(case)
+    output, lse = call(arguments, case, Implementation.TRITON)
+    within_budget(output, lse, arguments, case, torch.float16)
