@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from squeeze.environment import collect
+from squeeze.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,7 +57,7 @@ def measure(op: str, device: str, output: Path) -> bool:
     if not passed:
         return False
     rows = importlib.import_module(f"benchmarks.{op}").run(device)
-    where = collect()
+    where = environment()
     result = {
         "op": op,
         "device": device,

@@ -20,8 +20,16 @@ if TYPE_CHECKING:
     from squeeze.swapping import Artifacts, swap
 
 __version__ = "0.1.0"
-__all__ = ["Artifacts", "Result", "SqueezeError", "evaluate", "load", "load_tokenizer", "run",
-           "swap"]  # fmt: skip
+__all__ = [
+    "Artifacts",
+    "Result",
+    "SqueezeError",
+    "evaluate",
+    "load",
+    "load_tokenizer",
+    "run",
+    "swap",
+]
 
 _register()
 

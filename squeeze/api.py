@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from squeeze import environment, export as export_module, recipe as recipe_module
+from squeeze import environment
+from squeeze import export as export_module
+from squeeze import recipe as recipe_module
 from squeeze.calibrate import Stats, calibrate
 from squeeze.compress import compress
 from squeeze.errors import CheckpointError, RecipeError
 from squeeze.evaluation import evaluate
+from squeeze.evaluation.inspection import Sensitivity, inspect_layers
 from squeeze.evaluation.scoring import Progress
 from squeeze.evaluation.suite import (
     SPEED_TOKENS,
@@ -36,8 +39,19 @@ from squeeze.swapping import Artifacts, Swap, swap
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Artifacts", "Result", "Swap", "evaluate", "export", "load", "load_tokenizer", "plan",
-           "run", "swap"]  # fmt: skip
+__all__ = [
+    "Artifacts",
+    "Result",
+    "Swap",
+    "evaluate",
+    "export",
+    "inspect_model",
+    "load",
+    "load_tokenizer",
+    "plan",
+    "run",
+    "swap",
+]
 
 
 @dataclass(frozen=True)
@@ -87,9 +101,12 @@ def plan(
             raise RecipeError(f"--{name}", f"got {value}", "an integer of at least 1", "Raise it")
     parsed = recipe_module.load(recipe, overrides)
     return make_plan(
-        parsed, describe(model, trust_remote_code, dtype), device=device, context=context,
+        parsed,
+        describe(model, trust_remote_code, dtype),
+        device=device,
+        context=context,
         batch=batch,
-    )  # fmt: skip
+    )
 
 
 def run(
@@ -143,32 +160,60 @@ def run(
     needs_text = bool(made.statistics) or evaluate or target is not None or not given
     if tokenizer is None and needs_text:
         tokenizer = load_tokenizer(info.source if given else model, trust_remote_code)  # type: ignore[arg-type]
-    loaded: Any = model if given else load_model(
-        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code  # type: ignore[arg-type]
-    )  # fmt: skip
+    loaded: Any = (
+        model
+        if given
+        else load_model(
+            model,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,  # type: ignore[arg-type]
+        )
+    )
     with _workplace(target, parsed, info, made) as work:
         stats = _calibrate(loaded, tokenizer, parsed, made, work, progress)
-        artifacts = compress(loaded, made, stats, folder=work and work / "weights",
-                             progress=progress)  # fmt: skip
+        artifacts = compress(
+            loaded, made, stats, folder=work and work / "weights", progress=progress
+        )
         dense, costs = None, []
         if evaluate:
-            dense = measure(loaded, tokenizer, made, parsed, squeezed=False,
-                            folder=work and work / "results", progress=progress)  # fmt: skip
+            dense = measure(
+                loaded,
+                tokenizer,
+                made,
+                parsed,
+                squeezed=False,
+                folder=work and work / "results",
+                progress=progress,
+            )
             if parsed.evaluate.sensitivity:
                 costs = layer_costs(loaded, tokenizer, artifacts, progress=progress)
         swap(loaded, artifacts, keep_dense=False)
         report = None
         if evaluate and dense is not None:
-            squeezed = measure(loaded, tokenizer, made, parsed, squeezed=True,
-                               folder=work and work / "results", progress=progress)  # fmt: skip
+            squeezed = measure(
+                loaded,
+                tokenizer,
+                made,
+                parsed,
+                squeezed=True,
+                folder=work and work / "results",
+                progress=progress,
+            )
             density = prefill_density(loaded, tokenizer, parsed)
             report = Report(
-                model=info.source, recipe=parsed.to_dict(), environment=environment.environment(),
-                dense=dense, squeezed=squeezed, effective_bits=made.effective_bits,
-                density=_mean(density), plan=made.to_dict(), density_by_head=density,
+                model=info.source,
+                recipe=parsed.to_dict(),
+                environment=environment.environment(),
+                dense=dense,
+                squeezed=squeezed,
+                effective_bits=made.effective_bits,
+                density=_mean(density),
+                plan=made.to_dict(),
+                density_by_head=density,
                 sensitivity=costs,
                 conditions=_conditions(loaded, parsed, device),
-            )  # fmt: skip
+            )
         if target is not None and work is not None:
             _write(loaded, tokenizer, artifacts, report, parsed, info, target, work, overwrite)
     return Result(loaded, tokenizer, made, artifacts, report)
@@ -184,11 +229,19 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
-        raise CheckpointError(f"--output {output}", "is not empty", "a new or empty folder",
-                              "Choose another, or pass --overwrite")  # fmt: skip
+        raise CheckpointError(
+            f"--output {output}",
+            "is not empty",
+            "a new or empty folder",
+            "Choose another, or pass --overwrite",
+        )
     if not (output / export_module.MANIFEST).is_file():
-        raise CheckpointError(f"--output {output}", "holds files that squeeze did not write",
-                              "a folder that an earlier run wrote", "Choose another")  # fmt: skip
+        raise CheckpointError(
+            f"--output {output}",
+            "holds files that squeeze did not write",
+            "a folder that an earlier run wrote",
+            "Choose another",
+        )
 
 
 @contextmanager
@@ -203,9 +256,15 @@ def _workplace(
     work = output.with_name(f".{output.name}.partial")
     versions = environment.environment()["versions"]
     key = json.dumps(
-        {"recipe": recipe.to_dict(), "model": fingerprint(info), "versions": versions,
-         "device": made.device, "dtype": info.dtype}, sort_keys=True,
-    )  # fmt: skip
+        {
+            "recipe": recipe.to_dict(),
+            "model": fingerprint(info),
+            "versions": versions,
+            "device": made.device,
+            "dtype": info.dtype,
+        },
+        sort_keys=True,
+    )
     marker = work / "key.json"
     if not (marker.is_file() and marker.read_text(encoding="utf-8") == key):
         shutil.rmtree(work, ignore_errors=True)
@@ -229,8 +288,13 @@ def _calibrate(
     if not made.statistics:
         return None
     tokens = calibration_tokens(tokenizer, recipe.calibration)
-    return calibrate(model, tokens.to(model.device), set(made.statistics),
-                     folder=work and work / "statistics", progress=progress)  # fmt: skip
+    return calibrate(
+        model,
+        tokens.to(model.device),
+        set(made.statistics),
+        folder=work and work / "statistics",
+        progress=progress,
+    )
 
 
 def _mean(rows: list[list[float]]) -> float:
@@ -239,32 +303,46 @@ def _mean(rows: list[list[float]]) -> float:
 
 
 def _conditions(model: Any, recipe: Recipe, device: str) -> dict[str, Any]:
-    return {"device": device, "dtype": str(model.dtype).removeprefix("torch."),
-            "seed": recipe.calibration.seed, "threads": torch.get_num_threads(),
-            "speed_tokens": SPEED_TOKENS}  # fmt: skip
+    return {
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": recipe.calibration.seed,
+        "threads": torch.get_num_threads(),
+        "speed_tokens": SPEED_TOKENS,
+    }
 
 
 def _write(
-    model: Any, tokenizer: Any, artifacts: Artifacts, report: Report | None, recipe: Recipe,
-    info: ModelInfo, output: Path, work: Path, overwrite: bool,
-) -> None:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    artifacts: Artifacts,
+    report: Report | None,
+    recipe: Recipe,
+    info: ModelInfo,
+    output: Path,
+    work: Path,
+    overwrite: bool,
+) -> None:
     folder = work / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
     export_module.save(model, artifacts, folder, tokenizer)
     if report is not None:
         report.save(folder)
     source = locate(info.source)
-    export_module.write_manifest(folder, {
-        "source": info.source if info.source == "reference" else source,
-        "recipe": recipe.to_dict(), "plan": artifacts.plan.to_dict(),
-        "seed": recipe.calibration.seed, "environment": environment.environment(),
-    })  # fmt: skip
+    export_module.write_manifest(
+        folder,
+        {
+            "source": info.source if info.source == "reference" else source,
+            "recipe": recipe.to_dict(),
+            "plan": artifacts.plan.to_dict(),
+            "seed": recipe.calibration.seed,
+            "environment": environment.environment(),
+        },
+    )
     export_module.publish(folder, output.absolute(), overwrite)
 
 
-def load(
-    path: str | Path, *, device: str | None = None, dtype: Any = None
-) -> PreTrainedModel:
+def load(path: str | Path, *, device: str | None = None, dtype: Any = None) -> PreTrainedModel:
     """Load a squeezed checkpoint, verified against its manifest.
 
     Args:
@@ -282,8 +360,13 @@ def load(
     return model
 
 
-def export(source: str | Path, format: str = "squeeze", output: str | Path | None = None,
-           *, overwrite: bool = False) -> Path:  # fmt: skip
+def export(
+    source: str | Path,
+    format: str = "squeeze",
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
     """Write a squeezed checkpoint in another format.
 
     Args:
@@ -310,3 +393,40 @@ def export(source: str | Path, format: str = "squeeze", output: str | Path | Non
         export_module.write_manifest(work, facts)
     export_module.publish(work, target.absolute(), overwrite)
     return target
+
+
+def inspect_model(
+    model: str | Path | PreTrainedModel,
+    *,
+    bits: Sequence[int] = (2, 3, 4),
+    tokenizer: Any = None,
+    seed: int | None = None,
+    device: str | None = None,
+    dtype: Any = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Measure how much loss each layer adds when it alone is squeezed.
+
+    Args:
+        model: Name, path or loaded dense model.
+        bits: Nominal widths to try on weights, keys and values.
+        tokenizer: For a loaded model; by default the one its name or path has.
+        seed: Of the calibration text.
+        device: ``"cpu"`` or ``"cuda"``; by default a GPU if there is one.
+        dtype: By default the checkpoint's own.
+        trust_remote_code: Passed to transformers.
+        progress: Called as ``progress(stage, done, total)``.
+    """
+    for width in bits:
+        if width not in (2, 3, 4, 8):
+            raise RecipeError("--bits", f"got {width}", "2, 3, 4, 8", "Choose among these")
+    loaded: Any = model
+    if not isinstance(model, nn.Module):
+        loaded = load_model(
+            model, device=resolve_device(device), dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    if tokenizer is None:
+        source = loaded.config._name_or_path if isinstance(model, nn.Module) else model
+        tokenizer = load_tokenizer(source, trust_remote_code)
+    return inspect_layers(loaded, tokenizer, bits, seed=seed or 0, progress=progress)

@@ -81,16 +81,21 @@ class LayerState(nn.Module):
         assert self.kv is not None
         kv = self.kv
         return LayerSpec(
-            self._side("keys", kv.keys), self._side("values", kv.values), kv.block_length,
-            kv.sink_tokens, kv.residual_length, self.implementation,
-        )  # fmt: skip
+            self._side("keys", kv.keys),
+            self._side("values", kv.values),
+            kv.block_length,
+            kv.sink_tokens,
+            kv.residual_length,
+            self.implementation,
+        )
 
     def _side(self, side: str, chain: tuple[tuple[str, Any], ...]) -> Side:
         parts = []
         for stage, method in chain:
             prefix = table_name(side, stage, "")
-            tables = {n.removeprefix(prefix): b for n, b in self.named_buffers()
-                      if n.startswith(prefix)}  # fmt: skip
+            tables = {
+                n.removeprefix(prefix): b for n, b in self.named_buffers() if n.startswith(prefix)
+            }
             parts.append((method, tables))
         return Side(parts[-1][0], parts[-1][1], tuple(parts[:-1]))
 
@@ -118,9 +123,11 @@ def register(dense: str) -> str:
     """
     if dense not in SUPPORTED:
         raise UnsupportedError(
-            "attn_implementation", f"the model was loaded with {dense!r}", ", ".join(SUPPORTED),
+            "attn_implementation",
+            f"the model was loaded with {dense!r}",
+            ", ".join(SUPPORTED),
             "Load it with attn_implementation='sdpa'",
-        )  # fmt: skip
+        )
     name = name_for(dense)
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         AttentionInterface.register(name, attention)
@@ -157,6 +164,7 @@ def attention(
         scaling: Multiplies the dot products; default ``D ** -0.5``.
         softcap: Bound of the scores.
         s_aux: Logits of learned sinks, ``[H]``.
+
     Returns:
         Output ``[B, T_q, H, D]`` in the query's dtype, and ``None``.
     """
@@ -179,8 +187,9 @@ def attention(
         extra = {"softcap": softcap} if softcap is not None else {}
         extra |= {"s_aux": s_aux} if s_aux is not None else {}
         function = dense_attention(module, state.dense)
-        result = function(module, query, keys, values, attention_mask, scaling=scaling, **extra,
-                          **kwargs)  # fmt: skip
+        result = function(
+            module, query, keys, values, attention_mask, scaling=scaling, **extra, **kwargs
+        )
     if layer is not None:
         layer.commit(keys, values)
     return result
@@ -214,9 +223,15 @@ def _sparse(
         lengths = (lengths - starts).clamp(min=1)
     state.density = density(index, lengths).mean(0)
     output, _ = block_sparse_attention(
-        query, keys, values, index, starts=starts, scaling=scaling, softcap=softcap,
+        query,
+        keys,
+        values,
+        index,
+        starts=starts,
+        scaling=scaling,
+        softcap=softcap,
         implementation=state.implementation,
-    )  # fmt: skip
+    )
     return output
 
 
@@ -286,6 +301,8 @@ def read_padding(kwargs: dict[str, Any], past: int) -> tuple[list[int] | None, b
 
 def _mask_error(what: str) -> UnsupportedError:
     return UnsupportedError(
-        "attention_mask", f"the mask {what}", "a [batch, tokens] mask with padding on the left",
+        "attention_mask",
+        f"the mask {what}",
+        "a [batch, tokens] mask with padding on the left",
         "Set tokenizer.padding_side = 'left'",
-    )  # fmt: skip
+    )

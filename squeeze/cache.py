@@ -197,6 +197,7 @@ class PackedLayer(DynamicLayer):
             values: Likewise.
             scaling: Multiplies the dot products.
             softcap: Bound of the scores, or ``None``.
+
         Returns:
             Output float32 ``[B, H, T_q, D]`` and its log-sum-exp float32 ``[B, H, T_q]``.
         """
@@ -208,12 +209,21 @@ class PackedLayer(DynamicLayer):
             packed_query, change = transform.prepare_query(packed_query, parameters)
             shift = change if shift is None else shift if change is None else shift + change
         parts = decode_attention(
-            query, packed_query, shift, self._packed(spec.keys, self.key_blocks),
-            self._packed(spec.values, self.value_blocks), self.block_counts, exact_keys,
-            exact_values, self.exact_counts, scaling=scaling, softcap=softcap,
-            split_output=bool(spec.values.transforms), max_blocks=max(self.blocks, default=0),
+            query,
+            packed_query,
+            shift,
+            self._packed(spec.keys, self.key_blocks),
+            self._packed(spec.values, self.value_blocks),
+            self.block_counts,
+            exact_keys,
+            exact_values,
+            self.exact_counts,
+            scaling=scaling,
+            softcap=softcap,
+            split_output=bool(spec.values.transforms),
+            max_blocks=max(self.blocks, default=0),
             implementation=spec.implementation,
-        )  # fmt: skip
+        )
         if spec.values.transforms:
             packed, exact, lse = parts
             packed = self._undo_values(packed)
@@ -239,8 +249,13 @@ class PackedLayer(DynamicLayer):
     def _packed(self, side: Side, storage: BlockStorage) -> PackedBlocks | None:
         if not storage.segments:
             return None
-        return PackedBlocks(side.format, side.parameters, tuple(storage.segments),
-                            self.spec.block_length, storage.addresses)  # fmt: skip
+        return PackedBlocks(
+            side.format,
+            side.parameters,
+            tuple(storage.segments),
+            self.spec.block_length,
+            storage.addresses,
+        )
 
     def _extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Lay a call's real tokens behind each row's exact slots and count them in."""
@@ -309,8 +324,10 @@ class PackedLayer(DynamicLayer):
         step = max(1, ENCODE_TOKENS // length)
         for first in range(0, count, step):
             n = min(step, count - first)
-            for side, storage, x in ((self.spec.keys, self.key_blocks, keys),
-                                     (self.spec.values, self.value_blocks, values)):  # fmt: skip
+            for side, storage, x in (
+                (self.spec.keys, self.key_blocks, keys),
+                (self.spec.values, self.value_blocks, values),
+            ):
                 span = x[:, :, sinks + first * length : sinks + (first + n) * length]
                 span = span if index is None else span[index]
                 blocks = side.encode(span.unflatten(2, (n, length)).permute(2, 0, 1, 3, 4))
@@ -331,8 +348,10 @@ class PackedLayer(DynamicLayer):
             if len(set(ready)) == 1 and len(set(exact)) == 1:
                 groups: list[tuple[slice, int, int]] = [(slice(None), ready[0], exact[0])]
             else:
-                groups = [(slice(r, r + 1), n, e)
-                          for r, (n, e) in enumerate(zip(ready, exact, strict=True))]  # fmt: skip
+                groups = [
+                    (slice(r, r + 1), n, e)
+                    for r, (n, e) in enumerate(zip(ready, exact, strict=True))
+                ]
             for rows, n, e in groups:
                 if not same:
                     buffer[rows, :, : min(sinks, e)] = source[rows, :, : min(sinks, e)]
@@ -369,8 +388,9 @@ class PackedLayer(DynamicLayer):
                 head = min(sinks, exact)
                 out[row, :, pad : pad + head] = buffer[row, :, :head]
                 out[row, :, self.total - (exact - head) :] = buffer[row, :, head:exact]
-                parts = [side.decode({n: x[:, row] for n, x in s.items()})
-                         for s in storage.segments]  # fmt: skip
+                parts = [
+                    side.decode({n: x[:, row] for n, x in s.items()}) for s in storage.segments
+                ]
                 if blocks:
                     dense = torch.cat(parts)[:blocks].permute(1, 0, 2, 3).flatten(1, 2)
                     start = pad + sinks
@@ -416,10 +436,11 @@ class PackedLayer(DynamicLayer):
             if blocks and left < self.spec.sink_tokens:
                 newest = min(e - self.spec.sink_tokens for e in self.exact)
                 raise UnsupportedError(
-                    "past_key_values.crop", f"dropping {drop} tokens reaches into packed blocks",
+                    "past_key_values.crop",
+                    f"dropping {drop} tokens reaches into packed blocks",
                     f"up to {newest} tokens now, always {self.spec.residual_length} after prefill",
                     "Raise kv_cache.residual_length, or prefill again",
-                )  # fmt: skip
+                )
         self.total -= drop
         before, self.exact = self.exact, after
         self._count(self.exact_counts, before, after)
@@ -454,9 +475,11 @@ class PackedLayer(DynamicLayer):
     def offload(self) -> None:
         """Refuse: packed blocks stay on the device."""
         raise UnsupportedError(
-            "cache_implementation", "'offloaded' was asked for a packed cache", "None",
+            "cache_implementation",
+            "'offloaded' was asked for a packed cache",
+            "None",
             "Leave cache_implementation out",
-        )  # fmt: skip
+        )
 
     prefetch = offload
 
@@ -494,10 +517,11 @@ def adopt(cache: Any, config: Any, specs: dict[int, LayerSpec]) -> PackedCache:
     plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
     if not plain or cache.get_seq_length() > 0:
         raise UnsupportedError(
-            "past_key_values", f"got a {type(cache).__name__} that a squeezed model cannot use",
+            "past_key_values",
+            f"got a {type(cache).__name__} that a squeezed model cannot use",
             "none, an empty DynamicCache, or the cache that this model returned",
             "Leave past_key_values and cache_implementation out",
-        )  # fmt: skip
+        )
     if not cache.layers:
         cache.layers = DynamicCache(config=config).layers
     cache.layer_class_to_replicate = None
@@ -517,5 +541,13 @@ def _dense_bytes(layer: CacheLayerMixin) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-__all__ = ["BlockStorage", "Cache", "Handle", "LayerSpec", "PackedCache", "PackedLayer", "Side",
-           "adopt"]  # fmt: skip
+__all__ = [
+    "BlockStorage",
+    "Cache",
+    "Handle",
+    "LayerSpec",
+    "PackedCache",
+    "PackedLayer",
+    "Side",
+    "adopt",
+]

@@ -35,6 +35,7 @@ def compress(
         stats: Holds every statistic that ``plan.statistics`` names; may be ``None`` if none.
         folder: Finished modules are saved here and found again by a resumed run.
         progress: Called as ``progress("compress", done, total)``.
+
     Returns:
         Artifacts on the CPU.
     """
@@ -87,9 +88,14 @@ def _resume(path: Path | None, row: WeightPlan) -> ClusteredWeight | None:
 def _assemble(method: Any, row: WeightPlan, tensors: Tensors) -> ClusteredWeight:
     empty: ClusteredWeight = method.empty(*row.shape, torch.device("meta"))
     return ClusteredWeight(
-        tensors["indices"], tensors["codebook"], tensors.get("scale"), empty.bits, empty.shape,
-        empty.rows, empty.columns,
-    )  # fmt: skip
+        tensors["indices"],
+        tensors["codebook"],
+        tensors.get("scale"),
+        empty.bits,
+        empty.shape,
+        empty.rows,
+        empty.columns,
+    )
 
 
 def _tables(plan: Plan, stats: Stats | None) -> Tensors:

@@ -21,7 +21,7 @@ PACKAGES = (
 )
 
 
-def collect() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Collect versions, hardware and commit of this process. Asks the GPU driver for its name."""
     import torch
 

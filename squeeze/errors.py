@@ -22,7 +22,7 @@ class SqueezeError(Exception):
         if allowed:
             parts.append(f"Allowed: {allowed.rstrip('.')}.")
         if remedy:
-            parts.append(f"{remedy.rstrip('.')}.")
+            parts.append(remedy if remedy.endswith("?") else f"{remedy.rstrip('.')}.")
         super().__init__(" ".join(parts))
 
 

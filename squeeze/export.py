@@ -37,9 +37,7 @@ MANIFEST = "squeeze.json"
 FORMATS = ("squeeze", "compressed-tensors")
 
 
-def save(
-    model: PreTrainedModel, artifacts: Artifacts, folder: Path, tokenizer: Any = None
-) -> None:
+def save(model: PreTrainedModel, artifacts: Artifacts, folder: Path, tokenizer: Any = None) -> None:
     """Write a swapped model's checkpoint files into ``folder``, without the manifest.
 
     Args:
@@ -50,10 +48,12 @@ def save(
     """
     config = SqueezeConfig(
         artifacts.plan.to_dict(),
-        {name: {"shape": list(table.shape), "dtype": str(table.dtype).removeprefix("torch.")}
-         for name, table in artifacts.tables.items()},
+        {
+            name: {"shape": list(table.shape), "dtype": str(table.dtype).removeprefix("torch.")}
+            for name, table in artifacts.tables.items()
+        },
         FORMAT_VERSION,
-    )  # fmt: skip
+    )
     folder.mkdir(parents=True, exist_ok=True)
     target: Any = model
     held = {k: vars(target).get(k) for k in ("hf_quantizer", "is_quantized", "quantization_method")}
@@ -97,8 +97,9 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             files[path.relative_to(folder).as_posix()] = {
-                "bytes": path.stat().st_size, "sha256": _sha256(path),
-            }  # fmt: skip
+                "bytes": path.stat().st_size,
+                "sha256": _sha256(path),
+            }
     manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
     for path in folder.rglob("*"):
@@ -139,14 +140,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = int(manifest["format_version"])
     except FileNotFoundError as error:
-        raise CheckpointError(str(folder), f"no {MANIFEST} there", "a folder that squeeze wrote",
-                              "Check the path, or run 'squeeze run' again") from error  # fmt: skip
+        raise CheckpointError(
+            str(folder),
+            f"no {MANIFEST} there",
+            "a folder that squeeze wrote",
+            "Check the path, or run 'squeeze run' again",
+        ) from error
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(str(path), "is not a manifest", "the file that squeeze wrote",
-                              "Restore it, or run 'squeeze run' again") from error  # fmt: skip
+        raise CheckpointError(
+            str(path),
+            "is not a manifest",
+            "the file that squeeze wrote",
+            "Restore it, or run 'squeeze run' again",
+        ) from error
     if version > FORMAT_VERSION:
-        raise CheckpointError(str(path), f"checkpoint format {version} is newer than this squeeze",
-                              f"up to {FORMAT_VERSION}", "Upgrade squeeze")  # fmt: skip
+        raise CheckpointError(
+            str(path),
+            f"checkpoint format {version} is newer than this squeeze",
+            f"up to {FORMAT_VERSION}",
+            "Upgrade squeeze",
+        )
     return manifest  # type: ignore[no-any-return]
 
 
@@ -161,20 +174,32 @@ def verify(folder: Path) -> dict[str, Any]:
         path = folder / name
         remedy = "Copy the checkpoint again, or run 'squeeze run' again"
         if not path.is_file():
-            raise CheckpointError(str(path), "is missing", f"the files that {MANIFEST} lists",
-                                  remedy)  # fmt: skip
+            raise CheckpointError(
+                str(path), "is missing", f"the files that {MANIFEST} lists", remedy
+            )
         size = path.stat().st_size
         if size != facts["bytes"]:
-            raise CheckpointError(str(path), f"has {size} bytes", f"{facts['bytes']} bytes, as "
-                                  f"{MANIFEST} says", remedy)  # fmt: skip
+            raise CheckpointError(
+                str(path),
+                f"has {size} bytes",
+                f"{facts['bytes']} bytes, as {MANIFEST} says",
+                remedy,
+            )
         if _sha256(path) != facts["sha256"]:
-            raise CheckpointError(str(path), f"its content is not what {MANIFEST} says",
-                                  f"SHA-256 {facts['sha256'][:16]}...", remedy)  # fmt: skip
+            raise CheckpointError(
+                str(path),
+                f"its content is not what {MANIFEST} says",
+                f"SHA-256 {facts['sha256'][:16]}...",
+                remedy,
+            )
     config = _read_config(folder)
     if config.get("plan") != json.loads(json.dumps(manifest.get("plan"))):
-        raise CheckpointError(str(folder), f"the plans in config.json and {MANIFEST} differ",
-                              "one checkpoint's files together",
-                              "Copy the checkpoint again as a whole")  # fmt: skip
+        raise CheckpointError(
+            str(folder),
+            f"the plans in config.json and {MANIFEST} differ",
+            "one checkpoint's files together",
+            "Copy the checkpoint again as a whole",
+        )
     return manifest
 
 
@@ -187,9 +212,11 @@ def rebuild(model: PreTrainedModel, config: SqueezeConfig) -> None:
     """Give an empty model the modules of a squeezed checkpoint, still without values."""
     if int(config.format_version) > FORMAT_VERSION:
         raise CheckpointError(
-            "config.json", f"checkpoint format {config.format_version} is newer than this squeeze",
-            f"up to {FORMAT_VERSION}", "Upgrade squeeze",
-        )  # fmt: skip
+            "config.json",
+            f"checkpoint format {config.format_version} is newer than this squeeze",
+            f"up to {FORMAT_VERSION}",
+            "Upgrade squeeze",
+        )
     plan = Plan.from_dict(config.plan)
     device = torch.device("meta")
     for row in plan.weights:
@@ -198,9 +225,11 @@ def rebuild(model: PreTrainedModel, config: SqueezeConfig) -> None:
             **{k: v for k, v in row.method.items() if k not in ("method", "targets", "ignore")}
         )
         replacement = ClusteredLinear.from_weight(
-            method.empty(*row.shape, device), linear.bias, dtype=linear.weight.dtype,
+            method.empty(*row.shape, device),
+            linear.bias,
+            dtype=linear.weight.dtype,
             implementation=Implementation.REFERENCE,
-        )  # fmt: skip
+        )
         replace_module(model, row.module, replacement)
     done = Swap(model)
     done.restorable = not plan.weights
@@ -227,8 +256,9 @@ def dequantize(model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, ClusteredLinear):
             weight = reconstruct(module.clustered).to(dtype)
-            dense = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None,
-                              device="meta")  # fmt: skip
+            dense = nn.Linear(
+                weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta"
+            )
             dense.weight = nn.Parameter(weight, requires_grad=False)
             if module.bias is not None:
                 dense.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
@@ -255,8 +285,12 @@ def artifacts_of(folder: Path) -> Artifacts:
                 for key in file.keys():  # noqa: SIM118
                     tensors[key] = file.get_tensor(key)
     except SafetensorError as error:
-        raise CheckpointError(str(path), f"is not safetensors ({error})", "the file squeeze wrote",
-                              "Copy the checkpoint again") from error  # fmt: skip
+        raise CheckpointError(
+            str(path),
+            f"is not safetensors ({error})",
+            "the file squeeze wrote",
+            "Copy the checkpoint again",
+        ) from error
     weights = {}
     for row in plan.weights:
         method: Any = registry.get("weights", row.method["method"])(
@@ -264,9 +298,14 @@ def artifacts_of(folder: Path) -> Artifacts:
         )
         empty: ClusteredWeight = method.empty(*row.shape, torch.device("meta"))
         weights[row.module] = ClusteredWeight(
-            tensors[f"{row.module}.indices"], tensors[f"{row.module}.codebook"],
-            tensors.get(f"{row.module}.scale"), empty.bits, empty.shape, empty.rows, empty.columns,
-        )  # fmt: skip
+            tensors[f"{row.module}.indices"],
+            tensors[f"{row.module}.codebook"],
+            tensors.get(f"{row.module}.scale"),
+            empty.bits,
+            empty.shape,
+            empty.rows,
+            empty.columns,
+        )
     tables = {name: tensors[name] for name in _read_config(folder).get("tables", {})}
     return Artifacts(plan, weights, tables)
 
@@ -289,27 +328,44 @@ def export_compressed_tensors(
     for name, weight in artifacts.weights.items():
         if weight.codebook.dtype != torch.int8 or weight.scale is None:
             raise UnsupportedError(
-                f"export: {name}", f"its codebook entries are {weight.codebook.dtype}",
-                "int8 entries with a row scale", "Run the recipe with entries: int8",
-            )  # fmt: skip
+                f"export: {name}",
+                f"its codebook entries are {weight.codebook.dtype}",
+                "int8 entries with a row scale",
+                "Run the recipe with entries: int8",
+            )
         for part in ("indices", "codebook", "scale"):
             state.pop(f"{name}.{part}")
         entries = reconstruct(
-            ClusteredWeight(weight.indices, weight.codebook, None, weight.bits, weight.shape,
-                            weight.rows, weight.columns)
-        )  # fmt: skip
+            ClusteredWeight(
+                weight.indices,
+                weight.codebook,
+                None,
+                weight.bits,
+                weight.shape,
+                weight.rows,
+                weight.columns,
+            )
+        )
         state[f"{name}.weight"] = entries.to(torch.int8)
         state[f"{name}.weight_scale"] = weight.scale.view(-1, 1)
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    scheme = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel",
-              "dynamic": False}  # fmt: skip
+    scheme = {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel",
+        "dynamic": False,
+    }
     config = json.loads(model.config.to_json_string(use_diff=True))
     config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "int-quantized",
-        "quantization_status": "compressed", "ignore": linears, "global_compression_ratio": None,
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": linears,
+        "global_compression_ratio": None,
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}},
         "version": compressed_tensors.__version__,
-    }  # fmt: skip
+    }
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -330,8 +386,9 @@ def check_format(name: str) -> str:
         RecipeError: it is not known.
     """
     if name not in FORMATS:
-        raise RecipeError("--format", f"unknown format {name!r}", ", ".join(FORMATS),
-                          nearest(name, FORMATS))  # fmt: skip
+        raise RecipeError(
+            "--format", f"unknown format {name!r}", ", ".join(FORMATS), nearest(name, FORMATS)
+        )
     return name
 
 

@@ -37,15 +37,15 @@ def load_model(
     except (SafetensorError, OSError, EOFError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
         raise CheckpointError(
-            f"model {str(source)!r}", f"its weights cannot be read ({first_line})",
-            "complete safetensors files beside config.json", "Copy or download the model again",
-        ) from error  # fmt: skip
+            f"model {str(source)!r}",
+            f"its weights cannot be read ({first_line})",
+            "complete safetensors files beside config.json",
+            "Copy or download the model again",
+        ) from error
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
-def load_tokenizer(
-    source: str | Path, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
     Raises:
@@ -60,13 +60,17 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
         raise CheckpointError(
-            f"model {str(source)!r}", f"has no tokenizer that can be read ({first_line})",
-            "tokenizer.json, or another form that AutoTokenizer reads", remedy,
-        ) from error  # fmt: skip
+            f"model {str(source)!r}",
+            f"has no tokenizer that can be read ({first_line})",
+            "tokenizer.json, or another form that AutoTokenizer reads",
+            remedy,
+        ) from error
     # Without any file transformers may answer with an empty one.
-    if len(tokenizer) == 0 or tokenizer("the") ["input_ids"] == []:
+    if len(tokenizer) == 0 or tokenizer("the")["input_ids"] == []:
         raise CheckpointError(
-            f"model {str(source)!r}", "has no tokenizer", "tokenizer.json or its like beside "
-            "config.json", remedy,
-        )  # fmt: skip
+            f"model {str(source)!r}",
+            "has no tokenizer",
+            "tokenizer.json or its like beside config.json",
+            remedy,
+        )
     return tokenizer  # type: ignore[no-any-return]

@@ -23,15 +23,41 @@ if TYPE_CHECKING:
 
 # Architectures whose layers pass what ``cache.update`` returns straight to the attention function.
 PACKABLE = frozenset(
-    "gemma2 gemma3 gemma3_text gpt2 gpt_neox gpt_oss llama mistral mixtral opt phi3 qwen2 "
-    "qwen2_5_vl qwen2_5_vl_text qwen3 qwen3_moe qwen3_next".split()
+    [
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "gpt_oss",
+        "llama",
+        "mistral",
+        "mixtral",
+        "opt",
+        "phi3",
+        "qwen2",
+        "qwen2_5_vl",
+        "qwen2_5_vl_text",
+        "qwen3",
+        "qwen3_moe",
+        "qwen3_next",
+    ]
 )
 # Whose attention adds sink logits that a prefill policy would have to renormalise.
 SINK_LOGITS = frozenset({"gpt_oss"})
 MLA = frozenset(
-    "deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 longcat_flash minicpm3 glm_moe_dsa youtu".split()
+    [
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "kimi_k2",
+        "longcat_flash",
+        "minicpm3",
+        "glm_moe_dsa",
+        "youtu",
+    ]
 )
-NO_KEYS = frozenset("mamba mamba2 falcon_mamba rwkv xlstm recurrent_gemma".split())
+NO_KEYS = frozenset(["mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma"])
 
 
 @dataclass(frozen=True)
@@ -106,18 +132,21 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
     looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
     if looks_local and not (Path(path) / "config.json").is_file():
         raise CheckpointError(
-            f"model {path!r}", "no config.json there", "a folder saved by save_pretrained",
+            f"model {path!r}",
+            "no config.json there",
+            "a folder saved by save_pretrained",
             "Check the path",
-        )  # fmt: skip
+        )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
         raise CheckpointError(
-            f"model {str(model)!r}", f"cannot be read ({first_line})",
+            f"model {str(model)!r}",
+            f"cannot be read ({first_line})",
             "'reference', a folder saved by save_pretrained, or a name on the model hub",
             "Check the name, or pass --trust-remote-code if the model needs its own code",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def describe(
@@ -167,9 +196,11 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pr
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise UnsupportedError(
-            f"model of type {config.model_type!r}", "is not a causal language model",
-            "architectures that AutoModelForCausalLM knows", "Choose another model",
-        ) from error  # fmt: skip
+            f"model of type {config.model_type!r}",
+            "is not a causal language model",
+            "architectures that AutoModelForCausalLM knows",
+            "Choose another model",
+        ) from error
 
 
 def _attention(model: nn.Module, text: PreTrainedConfig) -> tuple[AttentionInfo, ...]:
@@ -229,6 +260,8 @@ def require_packable(info: ModelInfo, section: str) -> None:
             "tried, so it could not read a packed cache"
         )
     raise UnsupportedError(
-        section, f"a {kind!r} model cannot take it: {why}", ", ".join(sorted(PACKABLE)),
+        section,
+        f"a {kind!r} model cannot take it: {why}",
+        ", ".join(sorted(PACKABLE)),
         f"Remove {section} from the recipe, or choose another model",
-    )  # fmt: skip
+    )

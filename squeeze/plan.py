@@ -214,17 +214,23 @@ def resolve_device(device: str | torch.device | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind = str(device).split(":")[0]
     if kind not in ("cpu", "cuda"):
-        raise DeviceError("--device", f"got {str(device)!r}", "cpu, cuda, cuda:N",
-                          nearest(kind, ("cpu", "cuda")) or "Choose one of these")  # fmt: skip
+        raise DeviceError(
+            "--device",
+            f"got {str(device)!r}",
+            "cpu, cuda, cuda:N",
+            nearest(kind, ("cpu", "cuda")) or "Choose one of these",
+        )
     if kind == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("--device", "'cuda' was asked for and torch sees no GPU", "cpu here",
-                          "Leave --device out, or install a CUDA build of torch")  # fmt: skip
+        raise DeviceError(
+            "--device",
+            "'cuda' was asked for and torch sees no GPU",
+            "cpu here",
+            "Leave --device out, or install a CUDA build of torch",
+        )
     return str(device)
 
 
-def resolve_implementation(
-    device: str, wanted: str | Implementation = Implementation.AUTO
-) -> str:
+def resolve_implementation(device: str, wanted: str | Implementation = Implementation.AUTO) -> str:
     """Choose reference or triton for a device, once, before anything runs."""
     wanted = Implementation(wanted)
     on_gpu = device.startswith("cuda")
@@ -232,13 +238,19 @@ def resolve_implementation(
         wanted = Implementation.TRITON if on_gpu else Implementation.REFERENCE
     if wanted is Implementation.TRITON:
         if importlib.util.find_spec("triton") is None:
-            raise DeviceError("implementation", "'triton' is needed and not installed",
-                              "reference, or triton once installed", "pip install triton",
-                              )  # fmt: skip
+            raise DeviceError(
+                "implementation",
+                "'triton' is needed and not installed",
+                "reference, or triton once installed",
+                "pip install triton",
+            )
         if not on_gpu:
-            raise DeviceError("implementation", "'triton' was asked for on the CPU",
-                              "reference or auto on a CPU", "Use --device cuda, or 'auto'",
-                              )  # fmt: skip
+            raise DeviceError(
+                "implementation",
+                "'triton' was asked for on the CPU",
+                "reference or auto on a CPU",
+                "Use --device cuda, or 'auto'",
+            )
     return wanted.value
 
 
@@ -246,10 +258,11 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a module name equals, contains as a component, or (``re:``) matches a pattern."""
     parts = name.split(".")
     return any(
-        re.search(pattern[3:], name) if pattern.startswith("re:")
+        re.search(pattern[3:], name)
+        if pattern.startswith("re:")
         else pattern == name or pattern in parts or any(p.startswith(pattern) for p in parts)
         for pattern in patterns
-    )  # fmt: skip
+    )
 
 
 def _weights(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable[WeightPlan]:
@@ -291,20 +304,30 @@ def _kv_cache(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable[
             if not -info.layers <= layer < info.layers:
                 raise RecipeError(
                     f"{recipe.origin}: kv_cache.layers.{i}.match",
-                    f"layer {layer} is not in this model", f"{-info.layers} to {info.layers - 1}",
+                    f"layer {layer} is not in this model",
+                    f"{-info.layers} to {info.layers - 1}",
                     "Count from 0, or from the end with negative numbers",
-                )  # fmt: skip
+                )
     for item in info.attention:
-        common = {"layer": item.layer, "module": item.module, "kv_heads": item.kv_heads,
-                  "head_dim": item.head_dim}  # fmt: skip
+        common = {
+            "layer": item.layer,
+            "module": item.module,
+            "kv_heads": item.kv_heads,
+            "head_dim": item.head_dim,
+        }
         if item.kind != "full_attention":
             reason = f"{item.kind.replace('_', ' ')} keeps its own cache"
             yield KVPlan(keys=None, values=None, implementation="dense", reason=reason, **common)
             continue
         keys, values = layer_sides(kv, item.layer, info.layers)
         if keys.method.lossless and values.method.lossless:
-            yield KVPlan(keys=None, values=None, implementation="dense",
-                         reason="the recipe keeps it at 16 bits", **common)  # fmt: skip
+            yield KVPlan(
+                keys=None,
+                values=None,
+                implementation="dense",
+                reason="the recipe keeps it at 16 bits",
+                **common,
+            )
             continue
         formats = [build_format(side, item) for side in (keys, values)]
         yield KVPlan(
@@ -314,17 +337,19 @@ def _kv_cache(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable[
             block_length=max(f.block_length for f in formats),
             key_bits=formats[0].bits_per_value(item.head_dim),
             value_bits=formats[1].bits_per_value(item.head_dim),
-            constant_bytes=sum(
-                f.constant_bytes(item.kv_heads, item.head_dim) for f in formats
-            ) + sum(_transform_bytes(side, item) for side in (keys, values)),
+            constant_bytes=sum(f.constant_bytes(item.kv_heads, item.head_dim) for f in formats)
+            + sum(_transform_bytes(side, item) for side in (keys, values)),
             **common,
-        )  # fmt: skip
+        )
 
 
 def _all_lossless(recipe: Recipe, info: ModelInfo) -> bool:
     assert recipe.kv_cache is not None
-    sides = [s for i in range(max(info.layers, 1)) for s in layer_sides(recipe.kv_cache, i,
-                                                                        max(info.layers, 1))]  # fmt: skip
+    sides = [
+        s
+        for i in range(max(info.layers, 1))
+        for s in layer_sides(recipe.kv_cache, i, max(info.layers, 1))
+    ]
     return all(side.method.lossless for side in sides)
 
 
@@ -351,10 +376,12 @@ def _prefill(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable[P
     require_packable(info, section)
     if info.model_type in SINK_LOGITS:
         raise UnsupportedError(
-            section, f"a {info.model_type!r} model cannot take it: its attention has learned sink "
-            "logits, which the sparse kernel does not add", "models without sink logits",
+            section,
+            f"a {info.model_type!r} model cannot take it: its attention has learned sink "
+            "logits, which the sparse kernel does not add",
+            "models without sink logits",
             "Remove attention.prefill from the recipe",
-        )  # fmt: skip
+        )
     for item in info.attention:
         if item.kind != "full_attention":
             reason = f"{item.kind.replace('_', ' ')} is already local"
@@ -449,43 +476,68 @@ def _plain(value: Any) -> str:
 
 
 def _table(plan: Plan) -> Iterable[str]:
-    yield (f"{plan.model} ({plan.model_type}, {plan.dtype}, {plan.device}): "
-           f"statistics {', '.join(plan.statistics) or 'none'}")  # fmt: skip
+    yield (
+        f"{plan.model} ({plan.model_type}, {plan.dtype}, {plan.device}): "
+        f"statistics {', '.join(plan.statistics) or 'none'}"
+    )
     groups: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     for row in plan.weights:
-        key = (re.sub(r"\.\d+\.", ".*.", row.module), _spell(row.method), row.implementation,
-               f"{row.effective_bits:.3f}")  # fmt: skip
+        key = (
+            re.sub(r"\.\d+\.", ".*.", row.module),
+            _spell(row.method),
+            row.implementation,
+            f"{row.effective_bits:.3f}",
+        )
         groups.setdefault(key, []).append((row.bytes_before, row.bytes_after))
     for kv in plan.kv_cache:
         if kv.keys and kv.values:
             bits = f"{(kv.key_bits + kv.value_bits) / 2:.3f}"
             text = f"keys {_spell(kv.keys)}; values {_spell(kv.values)}"
-            groups.setdefault((re.sub(r"\.\d+\.", ".*.", kv.module) + " cache", text,
-                               kv.implementation, bits), []).append((0, 0))  # fmt: skip
+            groups.setdefault(
+                (re.sub(r"\.\d+\.", ".*.", kv.module) + " cache", text, kv.implementation, bits), []
+            ).append((0, 0))
     for item in plan.prefill:
         if item.policy:
-            groups.setdefault((re.sub(r"\.\d+\.", ".*.", item.module) + " prefill",
-                               _spell(item.policy), item.implementation, ""), []).append((0, 0))  # fmt: skip
+            groups.setdefault(
+                (
+                    re.sub(r"\.\d+\.", ".*.", item.module) + " prefill",
+                    _spell(item.policy),
+                    item.implementation,
+                    "",
+                ),
+                [],
+            ).append((0, 0))
     rows = [("module", "count", "method", "implementation", "bits", "before", "after")]
     for (module, method, implementation, bits), sizes in groups.items():
         before, after = (sum(s) for s in zip(*sizes, strict=True))
-        rows.append((module, str(len(sizes)), method, implementation, bits,
-                     size(before) if before else "", size(after) if after else ""))  # fmt: skip
+        rows.append(
+            (
+                module,
+                str(len(sizes)),
+                method,
+                implementation,
+                bits,
+                size(before) if before else "",
+                size(after) if after else "",
+            )
+        )
     if len(rows) > 1:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         for row_ in rows:
-            yield "  ".join(
-                cell.ljust(w) for cell, w in zip(row_, widths, strict=True)
-            ).rstrip()
+            yield "  ".join(cell.ljust(w) for cell, w in zip(row_, widths, strict=True)).rstrip()
     else:
         yield "nothing changes: the model stays dense"
     bits_ = plan.effective_bits
-    yield (f"effective bits: weights {bits_['weights']:.3f}, keys {bits_['keys']:.3f}, "
-           f"values {bits_['values']:.3f}")  # fmt: skip
-    yield (f"weights: {size(plan.weight_bytes['before'])} -> {size(plan.weight_bytes['after'])}; "
-           f"KV cache at {plan.context} tokens x batch {plan.batch}: "
-           f"{size(plan.kv_bytes['before'])} -> {size(plan.kv_bytes['after'])} "
-           f"(constant tables {size(plan.kv_constant_bytes)})")  # fmt: skip
+    yield (
+        f"effective bits: weights {bits_['weights']:.3f}, keys {bits_['keys']:.3f}, "
+        f"values {bits_['values']:.3f}"
+    )
+    yield (
+        f"weights: {size(plan.weight_bytes['before'])} -> {size(plan.weight_bytes['after'])}; "
+        f"KV cache at {plan.context} tokens x batch {plan.batch}: "
+        f"{size(plan.kv_bytes['before'])} -> {size(plan.kv_bytes['after'])} "
+        f"(constant tables {size(plan.kv_constant_bytes)})"
+    )
     yield from (f"note: {note}" for note in plan.notes)
 
 

@@ -207,8 +207,12 @@ def _find(recipe: str | Path) -> Path:
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise RecipeError("recipe", f"no file {str(recipe)!r}", "a path to a YAML file, or one of "
-                          + ", ".join(known), nearest(path.stem, known))  # fmt: skip
+        raise RecipeError(
+            "recipe",
+            f"no file {str(recipe)!r}",
+            "a path to a YAML file, or one of " + ", ".join(known),
+            nearest(path.stem, known),
+        )
     raise RecipeError(
         "recipe",
         f"unknown recipe {str(recipe)!r}",
@@ -233,7 +237,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except yaml.constructor.ConstructorError as error:
         key, _, line = str(error.problem).partition("@")
         raise RecipeError(
@@ -283,9 +287,11 @@ def _override(raw: dict[str, Any], key: str, value: Any, origin: str) -> None:
             place[last] = value
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         raise RecipeError(
-            f"--set {key}", f"{origin} has nothing at that path", "a path of keys and list indices",
+            f"--set {key}",
+            f"{origin} has nothing at that path",
+            "a path of keys and list indices",
             "e.g. weights.0.bits=3",
-        ) from error  # fmt: skip
+        ) from error
 
 
 class _Parser:
@@ -295,34 +301,55 @@ class _Parser:
         self.origin = origin
 
     def error(self, path: str, received: str, allowed: str = "", remedy: str = "") -> RecipeError:
-        return RecipeError(f"{self.origin}: {path}" if path else self.origin, received, allowed,
-                           remedy)  # fmt: skip
+        return RecipeError(
+            f"{self.origin}: {path}" if path else self.origin, received, allowed, remedy
+        )
 
     def mapping(self, raw: Any, path: str, known: Sequence[str] | None = None) -> dict[str, Any]:
         if not isinstance(raw, dict):
-            raise self.error(path, f"got {raw!r}", "a mapping of keys to values",
-                             "Indent the keys under it")  # fmt: skip
+            raise self.error(
+                path, f"got {raw!r}", "a mapping of keys to values", "Indent the keys under it"
+            )
         for key in raw:
             if known is not None and key not in known:
-                raise self.error(_join(path, key), f"unknown key {key!r}", ", ".join(known),
-                                 nearest(key, known) or "Remove it")  # fmt: skip
+                raise self.error(
+                    _join(path, key),
+                    f"unknown key {key!r}",
+                    ", ".join(known),
+                    nearest(key, known) or "Remove it",
+                )
         return raw
 
     def recipe(self, raw: dict[str, Any], name: str) -> Recipe:
-        sections = ("version", "weights", "kv_cache", "attention", "implementation",
-                    "calibration", "evaluate")  # fmt: skip
+        sections = (
+            "version",
+            "weights",
+            "kv_cache",
+            "attention",
+            "implementation",
+            "calibration",
+            "evaluate",
+        )
         raw = self.mapping(raw, "", sections)
         version = raw.get("version", VERSION)
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise self.error("version", f"got {version!r}", str(VERSION), "Write 'version: 1'")
         if version > VERSION:
-            raise self.error("version", f"recipe format {version} is newer than this squeeze",
-                             f"up to {VERSION}", "Upgrade squeeze")  # fmt: skip
+            raise self.error(
+                "version",
+                f"recipe format {version} is newer than this squeeze",
+                f"up to {VERSION}",
+                "Upgrade squeeze",
+            )
         implementation = raw.get("implementation", "auto")
         known = [item.value for item in Implementation]
         if implementation not in known:
-            raise self.error("implementation", f"got {implementation!r}", ", ".join(known),
-                             nearest(implementation, known) or "Choose one")  # fmt: skip
+            raise self.error(
+                "implementation",
+                f"got {implementation!r}",
+                ", ".join(known),
+                nearest(implementation, known) or "Choose one",
+            )
         return Recipe(
             name=name,
             origin=self.origin,
@@ -336,8 +363,10 @@ class _Parser:
 
     def section(self, cls: type[Any], raw: Any, path: str) -> Any:
         known = list(cls.model_fields)
-        raw = {k: tuple(v) if isinstance(v, list) else v
-               for k, v in self.mapping(raw, path, known).items()}  # fmt: skip
+        raw = {
+            k: tuple(v) if isinstance(v, list) else v
+            for k, v in self.mapping(raw, path, known).items()
+        }
         try:
             return cls(**raw)
         except ValidationError as failure:
@@ -350,8 +379,9 @@ class _Parser:
 
     def weights(self, raw: Any) -> tuple[WeightRule, ...]:
         if not isinstance(raw, list):
-            raise self.error("weights", f"got {raw!r}", "a list of rules",
-                             "Start each rule with '- '")  # fmt: skip
+            raise self.error(
+                "weights", f"got {raw!r}", "a list of rules", "Start each rule with '- '"
+            )
         rules = []
         for i, rule in enumerate(raw):
             path = f"weights.{i}"
@@ -359,9 +389,12 @@ class _Parser:
             scope = {key: rule.pop(key) for key in ("targets", "ignore") if key in rule}
             for key, value in scope.items():
                 if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-                    raise self.error(f"{path}.{key}", f"got {value!r}",
-                                     "a list of module names or parts of them",
-                                     f"e.g. {key}: [self_attn, mlp]")  # fmt: skip
+                    raise self.error(
+                        f"{path}.{key}",
+                        f"got {value!r}",
+                        "a list of module names or parts of them",
+                        f"e.g. {key}: [self_attn, mlp]",
+                    )
             method = self.method(rule, "weights", path, ("targets", "ignore"))
             rules.append(WeightRule(method=method, **{k: tuple(v) for k, v in scope.items()}))
         return tuple(rules)
@@ -371,47 +404,71 @@ class _Parser:
         raw = self.mapping(raw, "kv_cache", known)
         for side in ("keys", "values"):
             if side not in raw:
-                raise self.error(f"kv_cache.{side}", "is missing", "a format",
-                                 "Add it; {bits: 16} stores it as it is")  # fmt: skip
-        sides = {side: self.kv_side(raw[side], side, f"kv_cache.{side}")
-                 for side in ("keys", "values")}  # fmt: skip
+                raise self.error(
+                    f"kv_cache.{side}",
+                    "is missing",
+                    "a format",
+                    "Add it; {bits: 16} stores it as it is",
+                )
+        sides = {
+            side: self.kv_side(raw[side], side, f"kv_cache.{side}") for side in ("keys", "values")
+        }
         for key in ("sink_tokens", "residual_length"):
             value = raw.get(key, 0)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise self.error(f"kv_cache.{key}", f"got {value!r}", "an integer of at least 0",
-                                 "It counts tokens kept exact")  # fmt: skip
+                raise self.error(
+                    f"kv_cache.{key}",
+                    f"got {value!r}",
+                    "an integer of at least 0",
+                    "It counts tokens kept exact",
+                )
         counts = {key: raw[key] for key in ("sink_tokens", "residual_length") if key in raw}
         overrides = raw.get("layers") or []
         if not isinstance(overrides, list):
-            raise self.error("kv_cache.layers", f"got {overrides!r}", "a list of overrides",
-                             "e.g. - {match: [0, -1], keys: {bits: 8}}")  # fmt: skip
-        layers = tuple(self.layer(item, raw, f"kv_cache.layers.{i}")
-                       for i, item in enumerate(overrides))  # fmt: skip
+            raise self.error(
+                "kv_cache.layers",
+                f"got {overrides!r}",
+                "a list of overrides",
+                "e.g. - {match: [0, -1], keys: {bits: 8}}",
+            )
+        layers = tuple(
+            self.layer(item, raw, f"kv_cache.layers.{i}") for i, item in enumerate(overrides)
+        )
         return KVCache(**sides, **counts, layers=layers)
 
     def layer(self, raw: Any, base: dict[str, Any], path: str) -> LayerOverride:
         raw = self.mapping(raw, path, list(LayerOverride.model_fields))
         match = raw.get("match")
         if not isinstance(match, list) or not all(type(i) is int for i in match):
-            raise self.error(f"{path}.match", f"got {match!r}", "a list of layer numbers",
-                             "e.g. match: [0, -1]")  # fmt: skip
+            raise self.error(
+                f"{path}.match", f"got {match!r}", "a list of layer numbers", "e.g. match: [0, -1]"
+            )
         for side in ("keys", "values"):
             merged = merge_side(base[side], self.mapping(raw.get(side) or {}, f"{path}.{side}"))
             self.kv_side(merged, side, f"{path}.{side}")
-        return LayerOverride(match=tuple(match), keys=raw.get("keys") or {},
-                             values=raw.get("values") or {})  # fmt: skip
+        return LayerOverride(
+            match=tuple(match), keys=raw.get("keys") or {}, values=raw.get("values") or {}
+        )
 
     def kv_side(self, raw: Any, side: str, path: str) -> KVSide:
         raw = dict(self.mapping(raw, path))
         transforms = raw.pop("transforms", None) or []
         if not isinstance(transforms, list):
-            raise self.error(f"{path}.transforms", f"got {transforms!r}", "a list of transforms",
-                             "e.g. transforms: [center]")  # fmt: skip
+            raise self.error(
+                f"{path}.transforms",
+                f"got {transforms!r}",
+                "a list of transforms",
+                "e.g. transforms: [center]",
+            )
         for name in transforms:
             cls: Any = registry.get("transform", name, f"{self.origin}: {path}.transforms")
             if side not in cls().sides:
-                raise self.error(f"{path}.transforms", f"{name!r} does not apply to {side}",
-                                 " and ".join(cls().sides), "Remove it there")  # fmt: skip
+                raise self.error(
+                    f"{path}.transforms",
+                    f"{name!r} does not apply to {side}",
+                    " and ".join(cls().sides),
+                    "Remove it there",
+                )
         method = self.method(raw, "kv", path, ("transforms",))
         return KVSide(method=method, transforms=tuple(transforms))
 
@@ -429,25 +486,40 @@ class _Parser:
         name = raw.pop("method", None)
         if name is None:
             if raw != {"bits": LOSSLESS_BITS}:
-                raise self.error(f"{path}.method", "is missing", ", ".join(registry.names(kind)),
-                                 "Name a method; {bits: 16} alone is lossless")  # fmt: skip
+                raise self.error(
+                    f"{path}.method",
+                    "is missing",
+                    ", ".join(registry.names(kind)),
+                    "Name a method; {bits: 16} alone is lossless",
+                )
             name = registry.names(kind)[0]
         cls: Any = registry.get(kind, name, f"{self.origin}: {path}.method")
         hints = typing.get_type_hints(cls, include_extras=True)
         known = {f.name: hints[f.name] for f in fields(cls) if f.init}
-        required = [f.name for f in fields(cls)
-                    if f.init and f.default is MISSING and f.default_factory is MISSING]  # fmt: skip
+        required = [
+            f.name
+            for f in fields(cls)
+            if f.init and f.default is MISSING and f.default_factory is MISSING
+        ]
         for key, value in raw.items():
             if key not in known:
                 every = [*known, "method", *siblings]
-                raise self.error(_join(path, key), f"unknown key {key!r} of method {name!r}",
-                                 ", ".join(every), nearest(key, every) or "Remove it")  # fmt: skip
+                raise self.error(
+                    _join(path, key),
+                    f"unknown key {key!r} of method {name!r}",
+                    ", ".join(every),
+                    nearest(key, every) or "Remove it",
+                )
             if not (key == "bits" and value == LOSSLESS_BITS and kind != "prefill"):
                 self.value(value, known[key], _join(path, key), key)
         for key in required:
             if key not in raw and raw.get("bits") != LOSSLESS_BITS:
-                raise self.error(_join(path, key), f"is missing for method {name!r}",
-                                 describe(known[key]), f"Add '{key}:'")  # fmt: skip
+                raise self.error(
+                    _join(path, key),
+                    f"is missing for method {name!r}",
+                    describe(known[key]),
+                    f"Add '{key}:'",
+                )
         return Method(kind=kind, name=name, parameters=raw)
 
     def value(self, value: Any, hint: Any, path: str, key: str) -> None:
@@ -457,9 +529,12 @@ class _Parser:
             )
         except ValidationError as failure:
             extra = f", or {LOSSLESS_BITS} (lossless)" if key == "bits" else ""
-            raise self.error(path, f"got {value!r}", describe(hint) + extra,
-                             nearest(str(value), _choices(hint)) or "Change the value",
-                             ) from failure  # fmt: skip
+            raise self.error(
+                path,
+                f"got {value!r}",
+                describe(hint) + extra,
+                nearest(str(value), _choices(hint)) or "Change the value",
+            ) from failure
 
 
 def merge_side(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
@@ -483,8 +558,10 @@ def layer_sides(kv_cache: KVCache, layer: int, layers: int) -> tuple[KVSide, KVS
             for side in sides:
                 sides[side] = merge_side(sides[side], getattr(override, side))
     parser = _Parser("recipe")
-    return (parser.kv_side(sides["keys"], "keys", "kv_cache.keys"),
-            parser.kv_side(sides["values"], "values", "kv_cache.values"))  # fmt: skip
+    return (
+        parser.kv_side(sides["keys"], "keys", "kv_cache.keys"),
+        parser.kv_side(sides["values"], "values", "kv_cache.values"),
+    )
 
 
 def describe(hint: Any) -> str:
@@ -496,8 +573,12 @@ def describe(hint: Any) -> str:
         base, *marks = typing.get_args(hint)
         bounds = []
         for mark in marks:
-            for sign, word in (("ge", "at least"), ("gt", "above"), ("le", "at most"),
-                               ("lt", "below")):  # fmt: skip
+            for sign, word in (
+                ("ge", "at least"),
+                ("gt", "above"),
+                ("le", "at most"),
+                ("lt", "below"),
+            ):
                 bound = getattr(mark, sign, None)
                 if bound is not None:
                     bounds.append(f"{word} {bound}")
@@ -525,8 +606,12 @@ def _allowed(error: Any) -> str:
     for key, word in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
         if key in context:
             return f"a number of {word} {context[key]}"
-    return {"int_type": "an integer", "bool_type": "true or false", "string_type": "text",
-            "tuple_type": "a list"}.get(kind, error["msg"])  # fmt: skip
+    return {
+        "int_type": "an integer",
+        "bool_type": "true or false",
+        "string_type": "text",
+        "tuple_type": "a list",
+    }.get(kind, error["msg"])
 
 
 def _join(*parts: Any) -> str:
@@ -544,26 +629,52 @@ def schema() -> dict[str, Any]:
             properties: dict[str, Any] = {"method": {"const": name}, **extra}
             for item in fields(cls):
                 properties[item.name] = _parameter(hints[item.name], item, kind)
-            options.append({"type": "object", "description": registry.info(kind, name).idea,
-                            "properties": properties, "required": ["method"],
-                            "additionalProperties": False})  # fmt: skip
-        lossless = {"type": "object", "properties": {"bits": {"const": LOSSLESS_BITS}},
-                    "required": ["bits"], "additionalProperties": False}  # fmt: skip
+            options.append(
+                {
+                    "type": "object",
+                    "description": registry.info(kind, name).idea,
+                    "properties": properties,
+                    "required": ["method"],
+                    "additionalProperties": False,
+                }
+            )
+        lossless = {
+            "type": "object",
+            "properties": {"bits": {"const": LOSSLESS_BITS}},
+            "required": ["bits"],
+            "additionalProperties": False,
+        }
         return {"anyOf": [*options, lossless] if kind != "prefill" else options}
 
     strings = {"type": "array", "items": {"type": "string"}}
     sides = {}
     for side in ("keys", "values"):
-        usable = [n for n in registry.names("transform")
-                  if side in registry.get("transform", n)().sides]  # fmt: skip
+        usable = [
+            n for n in registry.names("transform") if side in registry.get("transform", n)().sides
+        ]
         sides[side] = method("kv", {"transforms": {"type": "array", "items": {"enum": usable}}})
-    layer = {"type": "object", "required": ["match"], "additionalProperties": False,
-             "properties": {"match": {"type": "array", "items": {"type": "integer"}},
-                            "keys": {"type": "object"}, "values": {"type": "object"}}}  # fmt: skip
+    layer = {
+        "type": "object",
+        "required": ["match"],
+        "additionalProperties": False,
+        "properties": {
+            "match": {"type": "array", "items": {"type": "integer"}},
+            "keys": {"type": "object"},
+            "values": {"type": "object"},
+        },
+    }
     count = {"type": "integer", "minimum": 0}
-    kv = {"type": "object", "required": ["keys", "values"], "additionalProperties": False,
-          "properties": {**sides, "sink_tokens": count, "residual_length": count,
-                         "layers": {"type": "array", "items": layer}}}  # fmt: skip
+    kv = {
+        "type": "object",
+        "required": ["keys", "values"],
+        "additionalProperties": False,
+        "properties": {
+            **sides,
+            "sink_tokens": count,
+            "residual_length": count,
+            "layers": {"type": "array", "items": layer},
+        },
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "squeeze recipe",
@@ -571,16 +682,21 @@ def schema() -> dict[str, Any]:
         "additionalProperties": False,
         "properties": {
             "version": {"const": VERSION},
-            "weights": {"type": "array",
-                        "items": method("weights", {"targets": strings, "ignore": strings})},
+            "weights": {
+                "type": "array",
+                "items": method("weights", {"targets": strings, "ignore": strings}),
+            },
             "kv_cache": kv,
-            "attention": {"type": "object", "additionalProperties": False,
-                          "properties": {"prefill": method("prefill", {})}},
+            "attention": {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {"prefill": method("prefill", {})},
+            },
             "implementation": {"enum": [item.value for item in Implementation]},
             "calibration": _section_schema(Calibration),
             "evaluate": _section_schema(Evaluate),
         },
-    }  # fmt: skip
+    }
 
 
 def _parameter(hint: Any, item: Any, kind: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +118,7 @@ class Report:
         kept += [f"{key}: {value}" for key, value in self.conditions.items()]
         machine = self.environment.get("hardware", {})
         kept += [f"{key}: {value}" for key, value in machine.items() if value]
-        return "; ".join(kept)
+        return textwrap.fill("; ".join(kept), 100)
 
 
 @dataclass(frozen=True)

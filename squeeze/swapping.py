@@ -73,9 +73,11 @@ class Swap:
         """
         if not self.restorable:
             raise UnsupportedError(
-                "swap", "the dense weights of this model were freed", "",
+                "swap",
+                "the dense weights of this model were freed",
+                "",
                 "Load the dense model again, or swap with keep_dense=True",
-            )  # fmt: skip
+            )
         for name, module in self.modules.items():
             replace_module(self.model, name, module)
         self.modules = {}
@@ -110,8 +112,12 @@ def swap(model: PreTrainedModel, artifacts: Artifacts, *, keep_dense: bool = Tru
         UnsupportedError: the model is squeezed already, is another model, or fails the self-test.
     """
     if getattr(model, "squeeze_swap", None) is not None:
-        raise UnsupportedError("swap", "this model is squeezed already", "a dense model",
-                               "Restore it first, or load it again")  # fmt: skip
+        raise UnsupportedError(
+            "swap",
+            "this model is squeezed already",
+            "a dense model",
+            "Restore it first, or load it again",
+        )
     done = Swap(model)
     packs = any(row.keys for row in artifacts.plan.kv_cache)
     expected = _two_calls(model) if packs else None
@@ -125,9 +131,11 @@ def swap(model: PreTrainedModel, artifacts: Artifacts, *, keep_dense: bool = Tru
             done.modules[row.module] = original
             device = original.weight.device
             replacement = ClusteredLinear.from_weight(
-                _to(weight, device), original.bias, dtype=original.weight.dtype,
+                _to(weight, device),
+                original.bias,
+                dtype=original.weight.dtype,
                 implementation=Implementation(row.implementation),
-            )  # fmt: skip
+            )
             replace_module(model, row.module, replacement)
     except BaseException:
         done.restore()
@@ -173,9 +181,11 @@ def attach_attention(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> No
     text = model.config.get_text_config(decoder=True)
     if text.model_type != plan.model_type or text.num_hidden_layers < 1 + max([*kv, *prefill]):
         raise UnsupportedError(
-            "swap", f"the model is {text.model_type!r} with {text.num_hidden_layers} layers",
-            f"the kind that the plan was made for, {plan.model_type!r}", "Plan again",
-        )  # fmt: skip
+            "swap",
+            f"the model is {text.model_type!r} with {text.num_hidden_layers} layers",
+            f"the kind that the plan was made for, {plan.model_type!r}",
+            "Plan again",
+        )
     dense = text._attn_implementation
     name = register(dense)
     modules = {row.layer: row.module for row in (*plan.kv_cache, *plan.prefill)}
@@ -187,11 +197,15 @@ def attach_attention(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> No
             dense,
             settings(row, plan) if row else None,
             registry.get("prefill", policy.policy["method"])(**_parameters(policy.policy))
-            if policy and policy.policy else None,
+            if policy and policy.policy
+            else None,
             row.implementation if row else policy.implementation if policy else "reference",
-            {n.removeprefix(prefix): _move(t, device) for n, t in tables.items()
-             if n.startswith(prefix)},
-        )  # fmt: skip
+            {
+                n.removeprefix(prefix): _move(t, device)
+                for n, t in tables.items()
+                if n.startswith(prefix)
+            },
+        )
         model.get_submodule(module).squeeze = state
         done.states[layer], done.names[layer] = state, module
     done.dense = dense
@@ -203,9 +217,12 @@ def attach_attention(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> No
 def settings(row: KVPlan, plan: Plan) -> KVSettings:
     """Build the objects that one layer's plan names."""
     return KVSettings(
-        chain(row.keys), chain(row.values), row.block_length, plan.sink_tokens,
+        chain(row.keys),
+        chain(row.values),
+        row.block_length,
+        plan.sink_tokens,
         plan.residual_length,
-    )  # fmt: skip
+    )
 
 
 def chain(side: dict[str, Any] | None) -> tuple[tuple[str, Any], ...]:
@@ -231,18 +248,25 @@ def _linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear:
     if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != tuple(shape):
         found = type(module).__name__ if module is not None else "nothing"
         raise UnsupportedError(
-            f"swap: {name}", f"found {found}", f"an nn.Linear of {shape[0]} x {shape[1]}",
+            f"swap: {name}",
+            f"found {found}",
+            f"an nn.Linear of {shape[0]} x {shape[1]}",
             "Use the model that the plan was made for",
-        )  # fmt: skip
+        )
     return module
 
 
 def _to(weight: ClusteredWeight, device: torch.device) -> ClusteredWeight:
     scale = None if weight.scale is None else weight.scale.to(device)
     return ClusteredWeight(
-        weight.indices.to(device), weight.codebook.to(device), scale, weight.bits, weight.shape,
-        weight.rows, weight.columns,
-    )  # fmt: skip
+        weight.indices.to(device),
+        weight.codebook.to(device),
+        scale,
+        weight.bits,
+        weight.shape,
+        weight.rows,
+        weight.columns,
+    )
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -278,7 +302,9 @@ def _self_test(model: PreTrainedModel, expected: Tensor) -> None:
     error = float((_two_calls(model) - expected).abs().max())
     if not error <= tolerance:
         raise UnsupportedError(
-            "swap", f"a {config.model_type!r} model fails the self-test: one step over a cache in "
+            "swap",
+            f"a {config.model_type!r} model fails the self-test: one step over a cache in "
             f"which all is still exact differs from the dense model by {error:.3g}",
-            f"at most {tolerance:.3g}", "Remove kv_cache from the recipe for this architecture",
-        )  # fmt: skip
+            f"at most {tolerance:.3g}",
+            "Remove kv_cache from the recipe for this architecture",
+        )

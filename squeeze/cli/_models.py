@@ -18,15 +18,16 @@ def open_model(
 ) -> tuple[Any, Any]:
     """Load a squeezed folder, verified, or a dense model, with its tokenizer."""
     from squeeze import api
+    from squeeze.cli._progress import no_loading_bars
     from squeeze.loading import load_model
     from squeeze.plan import resolve_device
 
-    if is_squeezed(name):
-        return api.load(name, device=device, dtype=dtype), api.load_tokenizer(name)
-    model = load_model(
-        name, device=resolve_device(device), dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    return model, api.load_tokenizer(name, trust_remote_code)
+    with no_loading_bars():
+        if is_squeezed(name):
+            return api.load(name, device=device, dtype=dtype), api.load_tokenizer(name)
+        device = resolve_device(device)
+        model = load_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return model, api.load_tokenizer(name, trust_remote_code)
 
 
 def dense_source(

@@ -16,19 +16,34 @@ Report: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Report | None]:
-    """Give a callable ``(stage, done, total)``; one bar per stage, or one line when not a terminal.
+    """Give a callable ``(stage, done, total)``: a bar per stage, or a line when not a terminal.
 
     Args:
         quiet: Show nothing; the callable is then ``None``.
     """
-    if quiet:
-        yield None
-    elif not sys.stderr.isatty():
-        yield _Lines()
-    else:
-        columns = TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn()
-        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
-            yield _Bars(bars)
+    with no_loading_bars():
+        if quiet:
+            yield None
+        elif not sys.stderr.isatty():
+            yield _Lines()
+        else:
+            columns = TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn()
+            with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+                yield _Bars(bars)
+
+
+@contextmanager
+def no_loading_bars() -> Iterator[None]:
+    """Silence transformers' own bars, which would break ours, and give them back after."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class _Bars:

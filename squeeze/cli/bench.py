@@ -48,7 +48,7 @@ def command(
     from squeeze.cli._models import dense_source, open_model
     from squeeze.cli._output import emit, note
     from squeeze.cli._progress import progress
-    from squeeze.environment import collect
+    from squeeze.environment import environment
 
     source, reason = dense_source(directory, dense, loading["trust_remote_code"])
     if reason:
@@ -66,7 +66,7 @@ def command(
                 if tell:
                     tell(f"bench {column}", done + 1, len(shapes))
             del model
-    data = {**collect(), "results": results}
+    data = {**environment(), "results": results}
     emit(data, _tables(shapes, results, data["hardware"]), as_json)
 
 

@@ -19,11 +19,11 @@ OPTIONAL = {
 def command(device: str | None, as_json: bool) -> None:
     """Show versions, the GPU, Triton, and which implementation each op would take."""
     from squeeze.cli._output import emit, print_table
-    from squeeze.environment import collect
+    from squeeze.environment import environment
     from squeeze.plan import resolve_device
 
     device = resolve_device(device)
-    found = collect()
+    found = environment()
     ops = _operations(device)
     missing = {name: use for name, use in OPTIONAL.items() if name not in found["versions"]}
     if as_json:

@@ -15,7 +15,7 @@ from squeeze.cli import _options as options
 def command(kind: str | None, as_json: bool) -> None:
     """List methods with idea, parameters and source; KIND narrows it to one kind or 'recipes'."""
     from squeeze import registry
-    from squeeze.cli._output import emit, print_table
+    from squeeze.cli._output import emit
     from squeeze.errors import RecipeError, nearest
 
     known = [*registry.KINDS, "recipes"]
@@ -24,35 +24,37 @@ def command(kind: str | None, as_json: bool) -> None:
         raise RecipeError("KIND", f"unknown kind {kind!r}", ", ".join(known), remedy)
     kinds = known if kind is None else [kind]
     found = {name: _recipes() if name == "recipes" else _methods(name) for name in kinds}
-    if as_json:
-        emit(found, "", as_json)
-        return
-    for name, rows in found.items():
-        columns = list(rows[0]) if rows else ["name"]
-        print_table(name, columns, [[_cell(value) for value in row.values()] for row in rows])
+    emit(found, "\n\n".join(_list(name, rows) for name, rows in found.items()), as_json)
 
 
 def _methods(kind: str) -> list[dict[str, Any]]:
     """Describe every method of a kind; parameters as name -> allowed values and default."""
-    import typing
-    from dataclasses import MISSING, fields
-
     from squeeze import registry
-    from squeeze.recipe import describe
 
     rows = []
     for name in registry.names(kind):
         info = registry.info(kind, name)
-        hints = typing.get_type_hints(info.cls, include_extras=True)
-        parameters = {
-            item.name: describe(hints[item.name])
-            + ("" if item.default is MISSING else f"; default {item.default}")
-            for item in fields(info.cls)
-            if item.init
-        }
         source = {"source": info.source, "year": info.year}
-        rows.append({"name": name, "idea": info.idea, "parameters": parameters, **source})
+        rows.append(
+            {"name": name, "idea": info.idea, "parameters": _parameters(info.cls), **source}
+        )
     return rows
+
+
+def _parameters(cls: type) -> dict[str, str]:
+    """Say for every field of a method what it may be, and its default."""
+    import typing
+    from dataclasses import MISSING, fields
+
+    from squeeze.recipe import describe
+
+    hints = typing.get_type_hints(cls, include_extras=True)
+    parameters = {}
+    for item in fields(cls):
+        if item.init:
+            default = "" if item.default is MISSING else f"; default {item.default}".lower()
+            parameters[item.name] = describe(hints[item.name]) + default
+    return parameters
 
 
 def _recipes() -> list[dict[str, Any]]:
@@ -66,7 +68,23 @@ def _recipes() -> list[dict[str, Any]]:
     return rows
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return "\n".join(f"{name}: {text}" for name, text in value.items())
-    return str(value)
+def _list(kind: str, rows: list[dict[str, Any]]) -> str:
+    """Lay out one kind: a line of idea per method, its parameters and source indented below."""
+    import shutil
+    import textwrap
+
+    width = min(shutil.get_terminal_size().columns, 100)
+    indent = max((len(row["name"]) for row in rows), default=0) + 4
+    lines = [kind]
+    for row in rows:
+        first = f"  {row['name']}".ljust(indent)
+        idea = row["idea"].replace("``", "")
+        lines.append(
+            textwrap.fill(idea, width, initial_indent=first, subsequent_indent=" " * indent)
+        )
+        lines += [
+            f"{'':{indent}}{name}: {text}" for name, text in row.get("parameters", {}).items()
+        ]
+        if "source" in row:
+            lines.append(f"{'':{indent}}{row['year']}, {row['source']}")
+    return "\n".join(lines)

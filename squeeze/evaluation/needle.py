@@ -28,7 +28,7 @@ from squeeze.evaluation.scoring import (
 DEFAULT_FACTS = 100
 FACTS_PER_CONTEXT = 25
 TOKENS_PER_FACT = 80  # About a quarter of a short context is facts.
-EXAMPLES = 4
+EXAMPLES = 6
 QUESTION_CHUNK_TOKENS = 8
 
 
@@ -80,7 +80,7 @@ def needle(
     """Measure the share of facts whose value the model gives back exactly.
 
     Each context holds up to 25 facts of one form, the forms taking turns, at evenly spread depths,
-    and 4 more whose questions end the prompt, answered, to show what is asked; without them the
+    and 6 more whose questions end the prompt, answered, to show what is asked; without them the
     first answers measure whether a model has understood, not whether it remembers.
     A value counts when every token that spells it is the most probable one given the true tokens
     before it; the first error ends a greedy decoding too, so this equals exact match of greedy

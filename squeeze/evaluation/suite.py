@@ -47,6 +47,7 @@ def calibration_tokens(tokenizer: Any, settings: Calibration) -> Tensor:
         tokenizer: Of the model.
         settings: ``data`` is ``"books"`` (shipped passages), or a path to a ``.txt`` file or to a
             ``.json`` list of texts.
+
     Returns:
         Token ids int64 ``[samples, length]``, each row beginning with BOS where there is one.
 
@@ -59,9 +60,12 @@ def calibration_tokens(tokenizer: Any, settings: Calibration) -> Tensor:
     else:
         path = Path(settings.data)
         if not path.is_file():
-            raise RecipeError(place, f"no file {settings.data!r}",
-                              "'books', or a path to a .txt or .json file", "Check the path",
-                              )  # fmt: skip
+            raise RecipeError(
+                place,
+                f"no file {settings.data!r}",
+                "'books', or a path to a .txt or .json file",
+                "Check the path",
+            )
         content = path.read_text(encoding="utf-8")
         texts = json.loads(content) if path.suffix == ".json" else [content]
     generator = random.Random(settings.seed)
@@ -74,9 +78,12 @@ def calibration_tokens(tokenizer: Any, settings: Calibration) -> Tensor:
         first = generator.randrange(max(1, len(joined) - 8 * settings.length))
         ids = encode(tokenizer, joined[first : first + 8 * settings.length])
         if len(ids) < body:
-            raise RecipeError(place, f"a sample has {len(ids)} tokens",
-                              f"at least {body}, as calibration.length asks",
-                              "Give more text, or lower calibration.length")  # fmt: skip
+            raise RecipeError(
+                place,
+                f"a sample has {len(ids)} tokens",
+                f"at least {body}, as calibration.length asks",
+                "Give more text, or lower calibration.length",
+            )
         rows.append(head + ids[:body])
     return torch.tensor(rows)
 
@@ -108,8 +115,9 @@ def measure(
         for length in usable_lengths(model, recipe.evaluate.lengths):
             for task in recipe.evaluate.tasks:
                 path = folder / f"{label}-{task}-{mode}-{length}.json" if folder else None
-                results.append(_task(model, tokenizer, task, mode, length, recipe, path, progress,
-                                     label))  # fmt: skip
+                results.append(
+                    _task(model, tokenizer, task, mode, length, recipe, path, progress, label)
+                )
     most = max_positions(model) or SPEED_TOKENS + 16
     steps = 16
     tokens = min(SPEED_TOKENS, most - steps)
@@ -137,9 +145,16 @@ def usable_lengths(model: Any, lengths: Sequence[int]) -> list[int]:
 
 
 def _task(
-    model: Any, tokenizer: Any, task: str, mode: str, length: int, recipe: Recipe,
-    path: Path | None, progress: Progress | None, label: str,
-) -> dict[str, Any]:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    mode: str,
+    length: int,
+    recipe: Recipe,
+    path: Path | None,
+    progress: Progress | None,
+    label: str,
+) -> dict[str, Any]:
     if path is not None and path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     wanted = recipe.evaluate.facts if task == "needle" else recipe.evaluate.windows
@@ -149,8 +164,16 @@ def _task(
         if progress is not None:
             progress(f"{label} {stage} {mode} {length}", done, total)
 
-    result = evaluate(model, tokenizer, [task], mode=mode, length=length, limit=limit,
-                      seed=recipe.calibration.seed, progress=report)  # fmt: skip
+    result = evaluate(
+        model,
+        tokenizer,
+        [task],
+        mode=mode,
+        length=length,
+        limit=limit,
+        seed=recipe.calibration.seed,
+        progress=report,
+    )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -196,6 +219,7 @@ def layer_costs(
         length: Tokens of a window.
         windows: Number of windows.
         progress: Called as ``progress("sensitivity", done, total)``.
+
     Returns:
         Rows ``{"layer", "bits", "part", "loss_increase"}``, nats per token, in decode mode.
     """
@@ -208,8 +232,9 @@ def layer_costs(
 
     most = max_positions(model)
     length = min(length, most) if most else length
-    rises = layer_sensitivity(model, tokenizer, apply, list(parts), length=length, limit=windows,
-                              progress=progress)  # fmt: skip
+    rises = layer_sensitivity(
+        model, tokenizer, apply, list(parts), length=length, limit=windows, progress=progress
+    )
     return [
         {"layer": layer, "part": part, "loss_increase": rise, "bits": _bits(parts[part, layer])}
         for (part, layer), rise in rises.items()
@@ -235,8 +260,9 @@ def only(artifacts: Artifacts, part: str, layer: int) -> Artifacts | None:
     if not weights and not caches:
         return None
     smaller = replace(plan, weights=weights, kv_cache=caches, prefill=())
-    return Artifacts(smaller, {r.module: artifacts.weights[r.module] for r in weights},
-                     artifacts.tables)  # fmt: skip
+    return Artifacts(
+        smaller, {r.module: artifacts.weights[r.module] for r in weights}, artifacts.tables
+    )
 
 
 def _bits(artifacts: Artifacts) -> float:

@@ -68,7 +68,7 @@ def test_contexts_are_deterministic_with_unique_keys_even_depths_and_turning_for
     assert [form[:2] for form in forms] == ["\nT", "\nR", '\n"']
     everything = [[*context.needles, *context.examples] for context in first]
     keys = {tuple(fact.ids[: fact.answer]) for facts in everything for fact in facts}
-    assert len(keys) == 12 + 3 * 4
+    assert len(keys) == 12 + 3 * 6
 
 
 def test_prompts_have_exactly_the_length_and_hold_every_fact(tokenizer, text):
@@ -79,7 +79,7 @@ def test_prompts_have_exactly_the_length_and_hold_every_fact(tokenizer, text):
     assert all(spelled.count(tokenizer.decode(fact.ids)) == 1 for fact in context.needles)
     assert all(spelled.count(tokenizer.decode(fact.ids)) == 2 for fact in context.examples)
     assert spelled.endswith(tokenizer.decode(context.examples[-1].ids))
-    with pytest.raises(RecipeError, match="cannot hold 8 facts"):
+    with pytest.raises(RecipeError, match="cannot hold 10 facts"):
         assemble([0], context, 30)
 
 

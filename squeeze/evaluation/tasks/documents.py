@@ -14,7 +14,7 @@ from squeeze import reference
 from squeeze.evaluation.facts import FORMS, draw_facts
 
 CHARACTERS_PER_TOKEN = 4
-FACTS_PER_PROMPT = 5
+FACTS_PER_PROMPT = 8
 
 
 def books(length: int = 2048, count: int = 16, **_: Any) -> dict[str, Any]:

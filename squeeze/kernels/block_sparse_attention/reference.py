@@ -65,8 +65,8 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _longest(index: BlockIndex) -> list[tuple[int, int]]:
-    """Return, per query block, the most blocks and the most columns that any head lists."""
-    blocks = index.block_offsets.diff().amax((0, 1)).tolist()
+    """Return, per query block, the most blocks (at least 1) and columns that any head lists."""
+    blocks = index.block_offsets.diff().amax((0, 1)).clamp(min=1).tolist()
     if index.column_offsets is None:
         return [(count, 0) for count in blocks]
     return list(zip(blocks, index.column_offsets.diff().amax((0, 1)).tolist(), strict=True))

@@ -11,7 +11,6 @@ from squeeze.types import BlockIndex
 
 LOG2_E = 1.4426950408889634
 DENSE_ROWS = 128
-KEY_TILE = 64
 
 
 @triton.jit
@@ -195,6 +194,7 @@ def _attention(
         for t in range(begin, end, BLOCK_N):
             listed = t + offsets < end
             positions = tl.load(ids + t + offsets, mask=listed, other=0).to(tl.int64)
+            listed = listed & (positions < length)
             acc, total, top = _tile(
                 acc, total, top, q,
                 k_head + positions[:, None] * k_t + channels[None, :] * k_d,
@@ -214,10 +214,26 @@ def _attention(
     tl.store(pointers, acc, mask=writable[:, None] & inside[None, :])
 
 
-def launch_options(rows: int, head_dim: int, element_bytes: int) -> dict[str, int]:
-    """Return warps and pipeline stages for query blocks of ``rows`` and a padded head size."""
-    heavy = head_dim * element_bytes > 256
-    return {"num_warps": 8 if rows == 128 or heavy else 4, "num_stages": 1 if heavy else 2}
+def launch_options(rows: int, head_dim: int, element_bytes: int, arch: int) -> dict[str, int]:
+    """Return key tile, warps and pipeline stages for one kind of call.
+
+    Args:
+        rows: Queries per block, 64 or 128.
+        head_dim: Padded to a power of two.
+        element_bytes: Of the queries, keys and values.
+        arch: Compute capability times ten. Before Hopper both products keep their operands in
+            registers, which half the keys leave room for.
+    """
+    row_bytes = head_dim * element_bytes
+    tile = 64 if arch >= 90 and row_bytes <= 512 else 32
+    warps = 8 if rows == 128 or row_bytes > 256 or arch not in (90, 120) else 4
+    return {"BLOCK_N": tile, "num_warps": warps, "num_stages": 2 if row_bytes <= 512 else 1}
+
+
+def _arch(device: torch.device) -> int:
+    """Return compute capability times ten; the interpreter, which has none, counts as Hopper."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 def attend(
@@ -251,7 +267,7 @@ def attend(
         H=H, GROUPS=H // H_kv, D=D, SOFTCAP=softcap or 0.0, LOG2_E=LOG2_E,
         HAS_STARTS=starts is not None, LISTED=index is not None, COLUMNS=lists[2] is not None,
         UPCAST=query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
-        BLOCK_M=rows, BLOCK_N=KEY_TILE, BLOCK_D=padded,
-        **launch_options(rows, padded, query.element_size()),
+        BLOCK_M=rows, BLOCK_D=padded,
+        **launch_options(rows, padded, query.element_size(), _arch(query.device)),
     )  # fmt: skip
     return out, lse

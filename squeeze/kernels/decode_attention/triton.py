@@ -24,8 +24,7 @@ from torch import Tensor
 from squeeze.types import PackedBlocks
 
 LOG2_E = math.log2(math.e)
-# Rows of a tile -> warps. Fewer warps leave more programs per SM, which hides latency.
-WARPS = {16: 4, 32: 4, 64: 4}
+STAGES = 1
 PROGRAMS_PER_SM = 4
 INTERPRETED_PROGRAMS = 12
 # A split shorter than this costs more to start and merge than it saves.
@@ -41,11 +40,12 @@ class Side(NamedTuple):
     module: ModuleType
     meta: tuple[int, ...]
     parts: tuple[int, int, int]
+    rows: int
 
 
 @triton.jit
 def _soft_cap(scores, cap):
-    """``cap * tanh(scores / cap)``; stays finite for any score."""
+    """``cap * tanh(scores / cap)`` of base-2 scores and cap; stays finite for any score."""
     return cap - 2.0 * cap / (tl.exp2(scores * (2.0 * 1.4426950408889634 / cap)) + 1.0)
 
 
@@ -139,7 +139,7 @@ def _exact(
         if HAS_SOFTCAP:
             scores = _soft_cap(scores, softcap)
         visible = slot[None, :] < limits[:, None]
-        scores = tl.where(visible, scores * 1.4426950408889634, float("-inf"))
+        scores = tl.where(visible, scores, float("-inf"))
         weights, decay, maximum, total = _weigh(scores, maximum, total)
         places = slot[:, None].to(tl.int64) * value_strides[2] + channel[None, :]
         loaded = tl.load(values + places, mask=mask, other=0.0)
@@ -202,7 +202,7 @@ def _packed(
         scores *= scaling
         if HAS_SOFTCAP:
             scores = _soft_cap(scores, softcap)
-        weights, decay, maximum, total = _weigh(scores * 1.4426950408889634, maximum, total)
+        weights, decay, maximum, total = _weigh(scores, maximum, total)
         decayed = ()
         for part in tl.static_range(0, COUNT):
             decayed = decayed + (output[part] * decay[:, None],)
@@ -403,6 +403,15 @@ def decode_attention(
     maxima, totals = query.new_empty(2, *shape, dtype=torch.float32)
     outputs = query.new_empty(2 if split_output else 1, *query.shape, dtype=torch.float32)
     lse = query.new_empty(batch, heads, steps, dtype=torch.float32)
+    options = constants(
+        key_side,
+        value_side,
+        size=size,
+        tile=tile,
+        splits=splits,
+        shifted=shift is not None,
+        capped=softcap is not None,
+    )
     _attend[(splits + 1, batch * kv_heads, triton.cdiv(rows, tile))](
         query,
         packed_query,
@@ -417,25 +426,14 @@ def decode_attention(
         maxima,
         totals,
         *(x.stride()[:3] for x in dense),
-        scaling,
-        softcap or 1.0,
+        scaling * LOG2_E,
+        (softcap or 1.0) * LOG2_E,
         kv_heads,
         heads // kv_heads,
         steps,
-        D=size,
-        M=tile,
-        SPLITS=splits,
-        EXACT=EXACT_TOKENS,
-        HAS_SHIFT=shift is not None,
-        HAS_SOFTCAP=softcap is not None,
-        KEY_SCORE=key_side.module.score,
-        KEY_META=key_side.meta,
-        KEY_PARTS=key_side.parts,
-        VALUE_ACCUMULATE=value_side.module.accumulate,
-        VALUE_META=value_side.meta,
-        VALUE_PARTS=value_side.parts,
-        DENSE_PARTS=_tiles("raw").parts(None, size),
-        num_warps=WARPS[tile],
+        **options,
+        num_warps=warps(key_side, tile),
+        num_stages=STAGES,
     )
     width = min(64, triton.next_power_of_2(size))
     _merge[(shape[0], triton.cdiv(size, width))](
@@ -461,17 +459,52 @@ def _tiles(name: str) -> ModuleType:
     return importlib.import_module(f"squeeze.kernels.decode_attention.tiles.{name}")
 
 
+def describe_side(format: Any, length: int, size: int) -> Side:
+    """Find the tile functions and compile-time facts of a format; no tables yet."""
+    module = _tiles("raw" if format is None else format.info.name)
+    meta = module.describe(format, length, size)
+    return Side((), module, meta, module.parts(format, size), module.rows(format, length))
+
+
+def constants(
+    keys: Side, values: Side, *, size: int, tile: int, splits: int, shifted: bool, capped: bool
+) -> dict[str, Any]:
+    """Name the kernel's compile-time arguments."""
+    return {
+        "D": size,
+        "M": tile,
+        "SPLITS": splits,
+        "EXACT": EXACT_TOKENS,
+        "HAS_SHIFT": shifted,
+        "HAS_SOFTCAP": capped,
+        "KEY_SCORE": keys.module.score,
+        "KEY_META": keys.meta,
+        "KEY_PARTS": keys.parts,
+        "VALUE_ACCUMULATE": values.module.accumulate,
+        "VALUE_META": values.meta,
+        "VALUE_PARTS": values.parts,
+        "DENSE_PARTS": _tiles("raw").parts(None, size),
+    }
+
+
+def warps(keys: Side, tile: int) -> int:
+    """Choose the warps of a program.
+
+    Key words go straight to the tensor cores' registers when each warp owns eight word rows;
+    more warps would send the unpacked codes through shared memory, and fewer than two spill.
+    """
+    return 4 if tile > 16 else min(4, max(2, keys.rows // 8))
+
+
 def _side(blocks: PackedBlocks | None, unused: Tensor, size: int) -> Side:
-    """Collect one side's tables and compile-time facts; a stand-in when nothing is packed."""
+    """Describe one side and collect its tables; a stand-in when nothing is packed."""
     if blocks is None:
-        module = _tiles("raw")
-        return Side((unused,), module, module.describe(None, 32, size), module.parts(None, size))
-    module = _tiles(blocks.format.info.name)
+        return describe_side(None, 32, size)._replace(tables=(unused,))
+    side = describe_side(blocks.format, blocks.length, size)
     addresses = blocks.addresses or _addresses(blocks)
-    tables = tuple(addresses[name] for name in module.COMPONENTS if name in addresses)
-    tables += tuple(blocks.parameters[name] for name in module.PARAMETERS)
-    meta = module.describe(blocks.format, blocks.length, size)
-    return Side(tables, module, meta, module.parts(blocks.format, size))
+    tables = [addresses[name] for name in side.module.COMPONENTS if name in addresses]
+    tables += [blocks.parameters[name] for name in side.module.PARAMETERS]
+    return side._replace(tables=tuple(tables))
 
 
 def _addresses(blocks: PackedBlocks) -> dict[str, Tensor]:

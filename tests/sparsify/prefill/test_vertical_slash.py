@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from squeeze.sparsify.index import density, to_dense_mask
 from squeeze.sparsify.prefill.vertical_slash import (
     VerticalSlash,
     block_diagonals,
-    last_query_weights,
+    sampled_weights,
 )
 
 
@@ -22,15 +23,17 @@ def inputs(B, H, H_kv, T, D=16, seed=0):
 
 def lists(offsets, ids, b, h):
     ends = offsets[b, h].tolist()
-    return [ids[b, h, a:e].tolist() for a, e in zip(ends, ends[1:], strict=False)]
+    return [ids[b, h, a:e].tolist() for a, e in pairwise(ends)]
 
 
 def oracle(policy, query, keys, scaling):
-    """Build the token mask of one row and head from the policy's words alone, one pair at a time."""
+    """Build the token mask of one row and head from the policy's words alone, pair by pair."""
     T, size = query.shape[0], policy.block_size
-    R, N = min(policy.last_queries, T), -(-T // policy.block_size)
+    N = -(-T // policy.block_size)
+    sample = [T - 1 - r for r in range(policy.last_queries)]
+    sample += [T - 1 - r * policy.stride for r in range(policy.earlier_queries)]
     column, diagonal = [0.0] * T, [0.0] * N
-    for t in range(T - R, T):
+    for t in (t for t in sample if t >= 0):
         weights = torch.softmax(scaling * (keys[: t + 1].double() @ query[t].double()), 0).tolist()
         for j, weight in enumerate(weights):
             column[j] += weight
@@ -50,12 +53,20 @@ def oracle(policy, query, keys, scaling):
 
 
 @pytest.mark.parametrize(
-    ("T", "verticals", "slashes", "window", "size"),
-    [(300, 20, 128, 1, 64), (257, 0, 0, 65, 64), (290, 7, 200, 66, 64), (300, 30, 0, 1, 128),
-     (40, 5, 64, 100, 64)],
+    ("T", "verticals", "slashes", "window", "size", "earlier"),
+    [(300, 20, 128, 1, 64, 7), (257, 0, 0, 65, 64, 7), (290, 7, 200, 66, 64, 0), (300, 30, 0, 1, 128, 7),
+     (40, 5, 64, 100, 64, 7)],
 )  # fmt: skip
-def test_against_the_words(T, verticals, slashes, window, size):
-    policy = VerticalSlash(verticals, slashes, window, last_queries=16, block_size=size)
+def test_against_the_words(T, verticals, slashes, window, size, earlier):
+    policy = VerticalSlash(
+        verticals,
+        slashes,
+        window,
+        last_queries=16,
+        earlier_queries=earlier,
+        stride=9,
+        block_size=size,
+    )
     query, keys = inputs(1, 2, 1, T, seed=T)
     mask = to_dense_mask(policy.index(query, keys, None, 0.25), T)
     for h in range(2):
@@ -67,13 +78,13 @@ def test_block_diagonals_by_hand():
     # neighbour's diagonal overlaps block distance 0 by 3/4 and distance 1 by 1/4 in blocks of 4.
     weights = torch.tensor([0, 0, 0, 0.25, 0, 0, 0.25, 0.5]).view(1, 1, 1, 8)
     expected = [0.5 + 0.25 * 0.75, 0.25 + 0.25 * 0.25]
-    assert block_diagonals(weights, 4)[0, 0].tolist() == pytest.approx(expected)
+    assert block_diagonals(weights, 4, 1)[0, 0].tolist() == pytest.approx(expected)
 
 
-def test_weights_are_the_attention_of_the_last_queries():
+def test_weights_are_the_attention_of_sampled_queries():
     query, keys = inputs(2, 4, 2, 50)
     starts = torch.tensor([0, 46])
-    weights = last_query_weights(query, keys, starts, 0.25, 5.0, 8)
+    weights = sampled_weights(query, keys, starts, 0.25, 5.0, 8, 1)
     assert weights.shape == (2, 4, 8, 50)
     scores = 5 * torch.tanh(0.25 * query[0, 3, 45] @ keys[0, 1, :46].T / 5)
     torch.testing.assert_close(weights[0, 3, 3, :46], scores.softmax(0))
@@ -81,6 +92,19 @@ def test_weights_are_the_attention_of_the_last_queries():
     real = torch.tensor([0.0] * 4 + [1.0] * 4)
     torch.testing.assert_close(weights[1].sum(-1), real.expand(4, 8))
     assert not weights[1, :, :, :46].any()
+
+
+def test_strided_queries_line_up():
+    # Every query of the sample reads only the token 5 before it: distances 1 (3/4) and 2 (1/4).
+    weights = torch.zeros(1, 1, 3, 40)
+    for row, token in enumerate((25, 32, 39)):
+        weights[0, 0, row, token - 5] = 1.0
+    mass = block_diagonals(weights, 4, 7)[0, 0]
+    assert mass.tolist() == pytest.approx([0, 2.25, 0.75] + [0] * 7)
+    query, keys = inputs(1, 2, 1, 40)
+    every = sampled_weights(query, keys, torch.tensor([0]), 0.25, None, 40, 1)
+    some = sampled_weights(query, keys, torch.tensor([0]), 0.25, None, 3, 7)
+    torch.testing.assert_close(some, every[:, :, [25, 32, 39]])
 
 
 def test_a_column_that_all_attend_is_read_by_all():
@@ -141,7 +165,7 @@ def test_more_budget_reads_more():
         to_dense_mask(VerticalSlash(budget, budget, 1).index(query, keys, None, 0.25), 1000)
         for budget in (64, 256, 600)
     ]
-    for smaller, larger in zip(masks, masks[1:], strict=False):
+    for smaller, larger in pairwise(masks):
         assert not (smaller & ~larger).any()
         assert larger.sum() > smaller.sum()
 

@@ -35,38 +35,66 @@ def parts(format: Any, head_dim: int) -> tuple[int, int, int]:
     return (head_dim // wide, wide, max(16, triton.next_power_of_2(wide)))
 
 
-@triton.jit
-def _stack(low, high):
-    """Put two ``[R, C]`` tiles on top of each other, ``[2 R, C]``, without moving registers."""
-    both = tl.permute(tl.join(low, high), (2, 0, 1))
-    return tl.reshape(both, (2 * low.shape[0], low.shape[1]))
+def rows(format: Any, length: int) -> int:
+    """Word rows of a plane: the tokens that one bit position of the words holds."""
+    return length * (2 if format.bits < 4 else 4) // 32
 
 
 @triton.jit
-def _spread(words, STEP: tl.constexpr, STOP: tl.constexpr):
+def _stack(low, high, ACROSS: tl.constexpr):
+    """Put two tiles one after the other along their tokens, without moving registers.
+
+    Tokens are the rows of a tile of values, and the columns (ACROSS) of a transposed tile of keys.
+    """
+    if ACROSS:
+        both = tl.permute(tl.join(low, high), (0, 2, 1))
+        result = tl.reshape(both, (low.shape[0], 2 * low.shape[1]))
+    else:
+        both = tl.permute(tl.join(low, high), (2, 0, 1))
+        result = tl.reshape(both, (2 * low.shape[0], low.shape[1]))
+    return result
+
+
+@triton.jit
+def _spread(words, STEP: tl.constexpr, STOP: tl.constexpr, ACROSS: tl.constexpr):
     """Stack the words shifted by 0, STEP, 2 STEP, ... below STOP bits: field after field."""
     for level in tl.static_range(0, 5):
         if STEP << level < STOP:
-            words = _stack(words, words >> (STEP << level))
+            words = _stack(words, words >> (STEP << level), ACROSS)
     return words
 
 
 @triton.jit
-def _plane(base, rows, FIRST: tl.constexpr, channel, part, META: tl.constexpr):
-    """Load word rows ``[R, width]`` of one plane for one channel range."""
+def _plane(base, rows, FIRST: tl.constexpr, part, ACROSS: tl.constexpr, META: tl.constexpr):
+    """Load word rows of one plane for one channel range: ``[R, width]``, or its transpose.
+
+    Transposed while still packed, the words reach the tensor cores' register layout before they
+    are unpacked, so only packed bytes pass through shared memory.
+    """
     D: tl.constexpr = META[4]
+    channel = tl.arange(0, META[6])
     columns = channel + part * META[5]
-    offsets = (FIRST + rows)[:, None] * D + columns[None, :]
+    if ACROSS:
+        offsets = columns[:, None] + (FIRST + rows)[None, :] * D
+        mask = (channel < META[5])[:, None]
+    else:
+        offsets = (FIRST + rows)[:, None] * D + columns[None, :]
+        mask = (channel < META[5])[None, :]
     if META[5] == META[6]:
         words = tl.load(base + offsets)
     else:
-        words = tl.load(base + offsets, mask=channel[None, :] < META[5], other=0)
+        words = tl.load(base + offsets, mask=mask, other=0)
     return words
 
 
 @triton.jit
-def _codes(tables, block, slab, part, group, dtype: tl.constexpr, META: tl.constexpr):
-    """Unpack one token group of one channel range as ``OFFSET + code``, ``[tokens, width]``."""
+def _codes(
+    tables, block, slab, part, group, dtype: tl.constexpr, ACROSS: tl.constexpr, META: tl.constexpr
+):
+    """Unpack one token group of one channel range as ``OFFSET + code``.
+
+    ``[tokens, width]``, or with ACROSS its transpose.
+    """
     BITS: tl.constexpr = META[0]
     LENGTH: tl.constexpr = META[3]
     PLANE: tl.constexpr = 2 if BITS < 4 else 4
@@ -74,37 +102,39 @@ def _codes(tables, block, slab, part, group, dtype: tl.constexpr, META: tl.const
     SPAN: tl.constexpr = 32 * META[7] // LENGTH
     address = tl.load(tables[0] + block).to(tl.pointer_type(tl.int32))
     base = tl.multiple_of(address, 16) + slab * (LENGTH * BITS // 32 * META[4])
-    channel = tl.arange(0, META[6])
     row = tl.arange(0, ROWS)
-    words = _plane(base, row, 0, channel, part, META) >> (group * SPAN)
+    words = _plane(base, row, 0, part, ACROSS, META) >> (group * SPAN)
     # With all 32 bits in use both 16-bit halves are masked at once and separated last.
     STOP: tl.constexpr = 16 if SPAN == 32 else SPAN
     FIELD: tl.constexpr = (2**PLANE - 1) * 0x10001
-    codes = _spread(words, PLANE, STOP) & FIELD
+    codes = _spread(words, PLANE, STOP, ACROSS) & FIELD
     if BITS == 3:
         # A row of the one-bit plane serves two rows of the two-bit plane, at odd and even bits.
         half: tl.constexpr = ROWS // 2
-        single = _plane(base, row % half, ROWS, channel, part, META) >> (group * SPAN)
-        single = single >> (row // half)[:, None]
-        codes = codes | ((_spread(single, 2, STOP) & 0x10001) << 2)
+        single = _plane(base, row % half, ROWS, part, ACROSS, META) >> (group * SPAN)
+        odd = row // half
+        single = single >> (odd[None, :] if ACROSS else odd[:, None])
+        codes = codes | ((_spread(single, 2, STOP, ACROSS) & 0x10001) << 2)
     if BITS == 8:
-        high = _plane(base, row, ROWS, channel, part, META) >> (group * SPAN)
-        codes = codes | ((_spread(high, PLANE, STOP) & FIELD) << 4)
-    return _as_float(codes, SPAN == 32, BITS, dtype)
+        high = _plane(base, row, ROWS, part, ACROSS, META) >> (group * SPAN)
+        codes = codes | ((_spread(high, PLANE, STOP, ACROSS) & FIELD) << 4)
+    return _as_float(codes, SPAN == 32, BITS, dtype, ACROSS)
 
 
 @triton.jit
-def _as_float(codes, HALVES: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+def _as_float(
+    codes, HALVES: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ACROSS: tl.constexpr
+):
     """Turn codes, one per 16-bit half or one per word, into ``OFFSET + code`` of ``dtype``."""
-    if dtype == tl.float16:
-        codes = codes | 0x64006400
-    elif dtype == tl.bfloat16 and BITS < 8:
-        codes = codes | 0x43004300
-    if HALVES:
-        codes = _stack(codes & 0xFFFF, (codes >> 16) & 0xFFFF)
     if dtype == tl.float16 or (dtype == tl.bfloat16 and BITS < 8):
-        result = codes.to(tl.int16).to(dtype, bitcast=True)
+        codes = codes | (0x64006400 if dtype == tl.float16 else 0x43004300)
+        low = codes.to(tl.int16)
+        if HALVES:
+            low = _stack(low, (codes >> 16).to(tl.int16), ACROSS)
+        result = low.to(dtype, bitcast=True)
     else:
+        if HALVES:
+            codes = _stack(codes & 0xFFFF, codes >> 16, ACROSS)
         # 2**23 + code in float32; the difference is the code, exact in every dtype used here.
         wide = ((codes & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True)
         result = (wide - 8388608.0).to(dtype)
@@ -162,8 +192,8 @@ def _score_token(tables, block, slab, query, OFFSET: tl.constexpr, META: tl.cons
     result = tl.zeros((query[0].shape[0], LENGTH), tl.float32)
     for part in tl.static_range(0, COUNT):
         scale, zero = _constants(tables, block, slab, part, 0, META)
-        codes = _codes(tables, block, slab, part, 0, query[part].dtype, META)
-        product = tl.dot(query[part], tl.trans(codes), input_precision="ieee")
+        codes = _codes(tables, block, slab, part, 0, query[part].dtype, True, META)
+        product = tl.dot(query[part], codes, input_precision="ieee")
         total = tl.sum(query[part].to(tl.float32), 1)
         result += product * scale[None, :] + total[:, None] * (zero - OFFSET * scale)[None, :]
     return result
@@ -180,13 +210,24 @@ def _score_channel(
     for group in tl.static_range(0, GROUPS):
         scale, zero = _constants(tables, block, slab, 0, group, META)
         scaled = wide * scale[None, :]
-        operand = scaled.to(query.dtype)
+        operand = query * scale.to(query.dtype)[None, :]
         lost = scaled * MID - operand.to(tl.float32) * (OFFSET + MID)
         bias = tl.sum(wide * zero[None, :] + lost, 1)
-        codes = _codes(tables, block, slab, 0, group, query.dtype, META)
-        product = tl.dot(operand, tl.trans(codes), input_precision="ieee")
+        codes = _codes(tables, block, slab, 0, group, query.dtype, True, META)
+        product = tl.dot(operand, codes, input_precision="ieee")
         products = products + (product + bias[:, None],)
     return _concatenate(products)
+
+
+@triton.jit
+def _join_pairs(tiles):
+    """Put every second tile ``[M, T]`` to the right of its predecessor: ``[M, 2 T]`` each."""
+    PAIRS: tl.constexpr = len(tiles) // 2
+    joined = ()
+    for i in tl.static_range(0, PAIRS):
+        both = tl.permute(tl.join(tiles[2 * i], tiles[2 * i + 1]), (0, 2, 1))
+        joined = joined + (tl.reshape(both, (both.shape[0], 2 * both.shape[2])),)
+    return joined
 
 
 @triton.jit
@@ -194,12 +235,7 @@ def _concatenate(tiles):
     """Put 1, 2, 4 or 8 tiles ``[M, T]`` side by side, in order."""
     for _ in tl.static_range(0, 3):
         if len(tiles) > 1:
-            PAIRS: tl.constexpr = len(tiles) // 2
-            joined = ()
-            for i in tl.static_range(0, PAIRS):
-                both = tl.permute(tl.join(tiles[2 * i], tiles[2 * i + 1]), (0, 2, 1))
-                joined = joined + (tl.reshape(both, (both.shape[0], 2 * both.shape[2])),)
-            tiles = joined
+            tiles = _join_pairs(tiles)
     return tiles[0]
 
 
@@ -240,17 +276,22 @@ def _accumulate_token(
         operand = scaled.to(dtype)
         lost = scaled * MID - operand.to(tl.float32) * (OFFSET + MID)
         bias = tl.sum(weights * zero[None, :] + lost, 1)
-        codes = _codes(tables, block, slab, part, 0, dtype, META)
+        codes = _codes(tables, block, slab, part, 0, dtype, False, META)
         product = tl.dot(operand, codes, output[part], input_precision="ieee")
         result = result + (product + bias[:, None],)
     return result
 
 
 @triton.jit
-def _halve(tile):
-    """Split a tile ``[M, T]`` into its first and its second half."""
-    both = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
-    return tl.split(tl.permute(both, (0, 2, 1)))
+def _halve(tiles):
+    """Split every tile ``[M, T]`` into its first and its second half, in order."""
+    COUNT: tl.constexpr = len(tiles)
+    halves = ()
+    for i in tl.static_range(0, COUNT):
+        both = tl.reshape(tiles[i], (tiles[i].shape[0], 2, tiles[i].shape[1] // 2))
+        first, second = tl.split(tl.permute(both, (0, 2, 1)))
+        halves = halves + (first, second)
+    return halves
 
 
 @triton.jit
@@ -270,18 +311,13 @@ def _accumulate_channel(
     tiles = (weights,)
     for _ in tl.static_range(0, 3):
         if len(tiles) < GROUPS:
-            COUNT: tl.constexpr = len(tiles)
-            halves = ()
-            for i in tl.static_range(0, COUNT):
-                first, second = _halve(tiles[i])
-                halves = halves + (first, second)
-            tiles = halves
+            tiles = _halve(tiles)
     for group in tl.static_range(0, GROUPS):
         scale, zero = _constants(tables, block, slab, 0, group, META)
         operand = tiles[group].to(dtype)
         total = tl.sum(tiles[group], 1)
         lost = total * MID - tl.sum(operand.to(tl.float32), 1) * (OFFSET + MID)
-        codes = _codes(tables, block, slab, 0, group, dtype, META)
+        codes = _codes(tables, block, slab, 0, group, dtype, False, META)
         product = tl.dot(operand, codes, input_precision="ieee") + lost[:, None]
         output += product * scale[None, :] + total[:, None] * zero[None, :]
     return output

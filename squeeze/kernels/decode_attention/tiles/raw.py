@@ -21,6 +21,11 @@ def parts(format: Any, head_dim: int) -> tuple[int, int, int]:
     return (1, head_dim, max(16, triton.next_power_of_2(head_dim)))
 
 
+def rows(format: Any, length: int) -> int:
+    """Rows that are loaded: one per token."""
+    return length
+
+
 @triton.jit
 def _load(tables, block, slab, dtype, META: tl.constexpr):
     """Load one head's block ``[L, width]``, zero past D."""

@@ -1,0 +1,128 @@
+"""Prefill attention on one GPU: dense baselines, ours dense, random blocks, `vertical_slash`.
+
+32 query heads and 8 key/value heads of 128, bfloat16, causal, one row. ``tflops`` counts only the
+pairs computed (density times the causal half, two products of 2 * D each); the time of
+`vertical_slash` includes estimating and building its index.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from squeeze.kernels.block_sparse_attention.api import block_sparse_attention
+from squeeze.sparsify.index import compact, density
+from squeeze.sparsify.prefill.vertical_slash import VerticalSlash
+from squeeze.types import BlockIndex, Implementation
+
+OP = "block_sparse_attention"
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+LENGTHS = (8192, 32768, 131072)
+SCALING = HEAD_DIM**-0.5
+KEPT = 0.1
+
+
+def run(device: str | torch.device) -> list[dict[str, Any]]:
+    """Time every implementation at every length on a CUDA device.
+
+    Returns:
+        One dictionary per measurement: op, shape, implementation, median_us, tflops, density,
+        baseline (whether it is someone else's dense attention).
+    """
+    return [row for length in LENGTHS for row in _measure_length(length, torch.device(device))]
+
+
+def _measure_length(length: int, device: torch.device) -> list[dict[str, Any]]:
+    generator = torch.Generator(device).manual_seed(length)
+    query, keys, values = (
+        torch.randn(
+            1, heads, length, HEAD_DIM, dtype=torch.bfloat16, device=device, generator=generator
+        )
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    policy, tokens = VerticalSlash(), torch.tensor([length])
+
+    def sdpa(backend: SDPBackend) -> Callable[[], Any]:
+        def call() -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(
+                    query, keys, values, is_causal=True, enable_gqa=True
+                )
+
+        return call
+
+    def ours(index: BlockIndex | None) -> tuple[Tensor, Tensor]:
+        return block_sparse_attention(
+            query, keys, values, index, scaling=SCALING, implementation=Implementation.TRITON
+        )
+
+    listed = policy.index(query, keys, None, SCALING)
+    share = density(listed, tokens).mean().item()
+    cases: list[tuple[str, Callable[[], Any], float, bool]] = [
+        ("sdpa cudnn", sdpa(SDPBackend.CUDNN_ATTENTION), 1.0, True),
+        ("sdpa flash", sdpa(SDPBackend.FLASH_ATTENTION), 1.0, True),
+        ("triton dense", lambda: ours(None), 1.0, False),
+        ("vertical_slash index", lambda: policy.index(query, keys, None, SCALING), 0.0, False),
+        ("triton vertical_slash", lambda: ours(listed), share, False),
+        (
+            "vertical_slash index + triton",
+            lambda: ours(policy.index(query, keys, None, SCALING)),
+            share,
+            False,
+        ),
+    ]
+    for size in (64, 128):
+        blocks = random_blocks(length, size, device, generator)
+        kept = density(blocks, tokens).mean().item()
+        name = f"triton random {size}-blocks"
+        cases.append((name, lambda blocks=blocks: ours(blocks), kept, False))  # type: ignore[misc]
+    return [_row(length, *case) for case in cases]
+
+
+def random_blocks(
+    length: int, size: int, device: torch.device, generator: torch.Generator
+) -> BlockIndex:
+    """Keep each causal block with probability ``KEPT``, block 0 and the diagonal always."""
+    N = length // size
+    ids = torch.arange(N, device=device)
+    keep = torch.rand(1, HEADS, N, N, device=device, generator=generator) < KEPT
+    keep = (keep & (ids <= ids[:, None])) | (ids == ids[:, None]) | (ids == 0)
+    most = int(keep.flatten(-2).sum(-1).max())
+    return BlockIndex(size, *compact(ids, keep, most))
+
+
+def _row(
+    length: int, name: str, call: Callable[[], Any], share: float, baseline: bool
+) -> dict[str, Any]:
+    microseconds = median_us(call)
+    pairs = share * length * (length + 1) / 2
+    return {
+        "op": OP,
+        "shape": f"1x{HEADS}/{KV_HEADS}x{length}x{HEAD_DIM} bfloat16 causal",
+        "implementation": name,
+        "median_us": round(microseconds, 1),
+        "tflops": round(4 * HEADS * HEAD_DIM * pairs / microseconds / 1e6, 1),
+        "density": round(share, 4),
+        "baseline": baseline,
+    }
+
+
+def median_us(call: Callable[[], Any], warm_up: int = 3, repeats: int = 15) -> float:
+    """Return the median time of a call in microseconds, by CUDA events."""
+    for _ in range(warm_up):
+        call()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1000 * begin.elapsed_time(end))
+    return statistics.median(times)

@@ -1,0 +1,99 @@
+"""Compile the kernel for GPUs that need not be here, and print registers and spills as JSON.
+
+Run by a test in a process of its own, because the interpreter and the compiler exclude each other.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from squeeze.kernels.decode_attention import triton as kernel
+from squeeze.quant.kv._raw import RawBlocks
+from squeeze.quant.kv.affine import Affine
+
+TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+POINTERS = {
+    "query": "*{0}",
+    "packed_query": "*{0}",
+    "shift": "*fp32",
+    "block_counts": "*i32",
+    "exact_keys": "*{0}",
+    "exact_values": "*{0}",
+    "exact_counts": "*i32",
+    "partial": "*fp32",
+    "maxima": "*fp32",
+    "totals": "*fp32",
+}
+# Keys, values, block length, head size, rows of a tile, dtype.
+CASES = {
+    "default": (Affine(4, "channel", 64), Affine(4, "token", 64), 128, 128, 16, "bf16"),
+    "wide": (Affine(4, "channel", 128), Affine(4, "token", 128), 128, 128, 16, "bf16"),
+    "short": (Affine(4, "channel", 64), Affine(4, "token", 64), 64, 64, 16, "bf16"),
+    "two": (Affine(2, "channel", 32), Affine(2, "token", 64), 128, 128, 16, "bf16"),
+    "three": (Affine(3, "channel", 128), Affine(3, "token", 40), 128, 80, 16, "bf16"),
+    "eight": (Affine(8, "channel", 64), Affine(8, "token", 64, True), 128, 128, 16, "bf16"),
+    "swapped": (Affine(4, "token", 32), Affine(4, "channel", 32), 128, 128, 16, "fp16"),
+    "raw": (RawBlocks(), Affine(2, "token", 32), 64, 128, 64, "bf16"),
+    "full": (Affine(4, "channel", 64), RawBlocks(), 128, 128, 64, "fp32"),
+}
+
+
+def compile_case(case, capability, warps=None):
+    """Return warps, registers, stack bytes and shared memory of one compiled kernel."""
+    keys, values, length, size, tile, dtype = case
+    sides = [kernel.describe_side(item, length, size) for item in (keys, values)]
+    constants = kernel.constants(
+        sides[0], sides[1], size=size, tile=tile, splits=16, shifted=True, capped=False
+    )
+    signature = {name: text.format(dtype) for name, text in POINTERS.items()}
+    for name, side, item in zip(("key_tables", "value_tables"), sides, (keys, values), strict=True):
+        absent = 1 if getattr(item, "symmetric", False) else 0
+        signature[name] = ("*i64",) * (len(side.module.COMPONENTS) - absent)
+    for name in kernel._attend.arg_names:
+        if name.endswith("strides"):
+            signature[name] = ("i32",) * 3
+    signature |= {"scaling": "fp32", "softcap": "fp32"}
+    signature |= dict.fromkeys(("kv_heads", "groups", "steps"), "i32")
+    signature |= dict.fromkeys(constants, "constexpr")
+    names = kernel._attend.arg_names
+    aligned = {}
+    for i, name in enumerate(names):
+        if name in POINTERS:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif name.endswith("strides"):
+            aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
+    source = ASTSource(
+        kernel._attend,
+        {name: signature[name] for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        aligned,
+    )
+    warps = warps or kernel.warps(sides[0], tile)
+    options = {"num_warps": warps, "num_stages": kernel.STAGES}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return {"warps": warps, "shared": compiled.metadata.shared} | inspect(compiled.asm["cubin"])
+
+
+def inspect(cubin):
+    """Read registers and stack bytes from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = [os.path.join(TOOLS, "cuobjdump"), "-res-usage", file.name]
+        usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return {"registers": int(registers), "stack": int(stack)}
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        name, capability = argument.split(":")
+        result = compile_case(CASES[name], int(capability))
+        print(json.dumps({"case": name, "capability": int(capability)} | result), flush=True)

@@ -1,0 +1,330 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from squeeze.errors import DeviceError, UnsupportedError
+from squeeze.kernels.block_sparse_attention.api import block_sparse_attention
+from squeeze.sparsify.index import from_masks, to_dense_mask
+from squeeze.sparsify.prefill.vertical_slash import VerticalSlash
+from squeeze.types import BlockIndex, Implementation
+
+REFERENCE, TRITON = Implementation.REFERENCE, Implementation.TRITON
+triton_only = pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs CUDA or Triton's interpreter",
+)
+
+
+def guarded(generator, B, H, T, D, dtype, device="cpu"):
+    """Return a strided ``[B, H, T, D]`` view whose surroundings are NaN."""
+    buffer = torch.full((B, T + 5, H + 1, D + 8), torch.nan)
+    view = buffer[:, 2 : T + 2, :H, 3 : D + 3]
+    view.copy_(torch.randn(B, T, H, D, generator=generator))
+    buffer = buffer.to(device, dtype)
+    return buffer[:, 2 : T + 2, :H, 3 : D + 3].transpose(1, 2)
+
+
+def random_index(generator, B, H, T, size):
+    """List random blocks and columns, and nothing at all for some blocks of queries."""
+    N, tokens = -(-T // size), torch.arange(T)
+    blocks = torch.rand(B, H, N, N, generator=generator) < 0.5
+    blocks &= torch.ones(N, N, dtype=torch.bool).tril()
+    columns = torch.rand(B, H, N, T, generator=generator) < 0.3
+    columns &= tokens < (torch.arange(N)[:, None] + 1) * size
+    columns &= ~blocks[..., tokens // size]
+    some = torch.rand(B, H, N, 1, generator=generator) < 0.8
+    return from_masks(blocks & some, columns & some, size)
+
+
+def oracle(query, keys, values, index, starts, scaling, softcap):
+    """Attend in float64 over the token mask, keys repeated, one row at a time."""
+    (B, H, T, D), groups = query.shape, query.shape[1] // keys.shape[1]
+    query, keys, values = (x.cpu().double() for x in (query, keys, values))
+    mask = torch.ones(B, H, T, T, dtype=torch.bool).tril()
+    if index is not None:
+        mask = to_dense_mask(index, T)
+    out, lse = torch.zeros(B, H, T, D).double(), torch.full((B, H, T), -torch.inf).double()
+    for b in range(B):
+        start = 0 if starts is None else int(starts[b])
+        q = query[b, :, start:]
+        k, v = (x[b, :, start:].repeat_interleave(groups, 0) for x in (keys, values))
+        scores = scaling * q @ k.mT
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~mask[b, :, : T - start, : T - start], -torch.inf)
+        lse[b, :, start:] = scores.logsumexp(-1)
+        out[b, :, start:] = scores.softmax(-1).nan_to_num(0.0) @ v
+    return out, lse
+
+
+def assert_within_budget(actual, reference, expected, dtype, what):
+    """Allow twice the reference's error to the oracle and one rounding of the largest value."""
+    assert torch.equal(actual.isinf(), expected.isinf()), what
+    finite = ~expected.isinf()
+    expected = expected.where(finite, 0.0)
+    error, allowed = (
+        (x.cpu().double().where(finite, 0.0) - expected).abs() for x in (actual, reference)
+    )
+    budget = 2 * allowed.max() + torch.finfo(dtype).eps * expected.abs().max()
+    worst = error.argmax().item()
+    assert error.max() <= budget, (
+        f"{what}: error {error.max():.3e} (mean {error.mean():.3e}) over budget {budget:.3e} "
+        f"at {worst} of {tuple(error.shape)}"
+    )
+
+
+def compare(seed, B, H, H_kv, T, D, dtype, size, starts=None, softcap=None, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [guarded(generator, B, heads, T, D, dtype, device) for heads in (H, H_kv, H_kv)]
+    index = None if size is None else random_index(generator, B, H, T, size)
+    starts = None if starts is None else torch.tensor(starts)
+    expected = oracle(*inputs, index, starts, D**-0.5, softcap)
+    if index is not None:
+        index = BlockIndex(size, *(x.to(device) for x in list(vars(index).values())[1:]))
+    starts = None if starts is None else starts.to(device)
+    results = [
+        block_sparse_attention(
+            *inputs, index, starts=starts, scaling=D**-0.5, softcap=softcap, implementation=choice
+        )
+        for choice in (TRITON, REFERENCE)
+    ]
+    what = f"seed {seed}, T {T}, heads {H}/{H_kv}, D {D}, {dtype}, blocks of {size}"
+    assert results[0][0].dtype == dtype
+    assert results[0][1].dtype == torch.float32
+    assert_within_budget(results[0][0], results[1][0], expected[0], dtype, what)
+    assert_within_budget(results[0][1], results[1][1], expected[1], torch.float32, what + ", lse")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fill what is allocated without values with NaN."""
+    empty = torch.empty
+
+    def poison(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+CASES = [  # seed, B, H, H_kv, T, D, dtype, block size, starts, softcap
+    (0, 1, 1, 1, 1, 64, torch.float32, 64, None, None),
+    (1, 2, 3, 1, 2, 64, torch.float16, None, None, None),
+    (2, 1, 4, 1, 63, 80, torch.float16, 64, None, None),
+    (3, 2, 2, 2, 64, 64, torch.float32, 128, None, None),
+    (4, 1, 7, 1, 65, 128, torch.float16, 64, None, None),
+    (5, 3, 3, 1, 111, 64, torch.float32, 64, [0, 50, 110], None),
+    (6, 2, 2, 1, 140, 96, torch.float16, 64, [70, 0], 4.0),
+    (7, 2, 1, 1, 290, 80, torch.float32, 128, [7, 160], None),
+    (8, 2, 1, 1, 260, 64, torch.float32, None, [0, 131], 8.0),
+    (9, 1, 1, 1, 1000, 64, torch.float16, 64, None, None),
+    (10, 1, 1, 1, 130, 256, torch.float16, 64, None, None),
+    (11, 1, 1, 1, 130, 128, torch.bfloat16, 64, None, None),
+]
+
+
+@triton_only
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"seed{case[0]}")
+def test_triton_against_reference(case, poisoned):
+    compare(*case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [None, 64, 128])
+@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_on_a_gpu(D, size, dtype, poisoned):
+    compare(D, 2, 8, 2, 1000, D, dtype, size, [0, 333], None, "cuda")
+    compare(D + 1, 1, 7, 1, 65, D, dtype, size, None, 5.0, "cuda")
+
+
+@pytest.mark.gpu
+def test_policy_and_kernel_on_a_gpu():
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (
+        torch.randn(2, heads, 2000, 64, generator=generator) for heads in (6, 2, 2)
+    )
+    starts = torch.tensor([0, 700])
+    expected = block_sparse_attention(
+        query, keys, values, VerticalSlash(200, 256, 64).index(query, keys, starts, 0.125),
+        starts=starts, scaling=0.125, implementation=REFERENCE,
+    )  # fmt: skip
+    query, keys, values, starts = (x.cuda() for x in (query, keys, values, starts))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        index = VerticalSlash(200, 256, 64).index(query, keys, starts, 0.125)
+        out, lse = block_sparse_attention(
+            query, keys, values, index, starts=starts, scaling=0.125, implementation=TRITON
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(out.cpu(), expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.cpu(), expected[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [None, 64, 128])
+@pytest.mark.parametrize("T", [1, 65, 300])
+def test_reference_against_the_oracle(size, T):
+    generator = torch.Generator().manual_seed(T)
+    inputs = [guarded(generator, 2, heads, T, 16, torch.float64) for heads in (6, 2, 2)]
+    index = None if size is None else random_index(generator, 2, 6, T, size)
+    starts = torch.tensor([0, T // 3])
+    out, lse = block_sparse_attention(
+        *inputs, index, starts=starts, scaling=0.25, softcap=3.0, implementation=REFERENCE
+    )
+    expected = oracle(*inputs, index, starts, 0.25, 3.0)
+    torch.testing.assert_close(out, expected[0], atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(lse, expected[1], atol=1e-13, rtol=1e-13)
+
+
+def choices():
+    return [REFERENCE, pytest.param(TRITON, marks=triton_only)]
+
+
+@pytest.mark.parametrize("implementation", choices())
+def test_later_tokens_change_nothing(implementation):
+    generator, T, cut = torch.Generator().manual_seed(3), 150, 100
+    inputs = [torch.randn(1, heads, T, 64, generator=generator) for heads in (2, 1, 1)]
+    index = random_index(generator, 1, 2, T, 64)
+    changed = [x.clone() for x in inputs]
+    for x in changed:
+        x[:, :, cut:] = 100.0
+    for listed in (index, None):
+        before, after = (
+            block_sparse_attention(*x, listed, scaling=0.125, implementation=implementation)[0]
+            for x in (inputs, changed)
+        )
+        assert torch.equal(before[:, :, :cut], after[:, :, :cut])
+        assert not torch.equal(before[:, :, cut:], after[:, :, cut:])
+
+
+@pytest.mark.parametrize("implementation", choices())
+def test_a_full_budget_equals_dense(implementation):
+    generator, T = torch.Generator().manual_seed(4), 200
+    inputs = [torch.randn(1, heads, T, 64, generator=generator) for heads in (2, 1, 1)]
+    dense = oracle(*inputs, None, None, 0.125, None)
+    for policy in (VerticalSlash(0, T), VerticalSlash(T, 0, 1)):
+        index = policy.index(*inputs[:2], None, 0.125)
+        out, lse = block_sparse_attention(
+            *inputs, index, scaling=0.125, implementation=implementation
+        )
+        torch.testing.assert_close(out.double(), dense[0], atol=2e-6, rtol=2e-6)
+        torch.testing.assert_close(lse.double(), dense[1], atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", choices())
+def test_a_padded_batch_equals_its_rows(implementation):
+    generator, T, starts = torch.Generator().manual_seed(5), 150, [0, 60]
+    inputs = [torch.randn(2, heads, T, 64, generator=generator) for heads in (2, 1, 1)]
+    policy, rows = VerticalSlash(20, 64, 1), torch.tensor(starts)
+    index = policy.index(*inputs[:2], rows, 0.125)
+    out, lse = block_sparse_attention(
+        *inputs, index, starts=rows, scaling=0.125, implementation=implementation
+    )
+    for b, start in enumerate(starts):
+        alone = [x[b : b + 1, :, start:] for x in inputs]
+        index = policy.index(*alone[:2], None, 0.125)
+        single = block_sparse_attention(*alone, index, scaling=0.125, implementation=implementation)
+        torch.testing.assert_close(out[b : b + 1, :, start:], single[0], atol=2e-6, rtol=2e-6)
+        torch.testing.assert_close(lse[b : b + 1, :, start:], single[1], atol=2e-6, rtol=2e-6)
+        assert not out[b, :, :start].any()
+        assert (lse[b, :, :start] == -torch.inf).all()
+
+
+def test_an_explicit_request_never_degrades(monkeypatch):
+    x = torch.zeros(1, 1, 4, 16)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(DeviceError, match=r"'triton' for tensors on cpu.*Allowed: a CUDA"):
+        block_sparse_attention(x, x, x, None, scaling=1.0, implementation=TRITON)
+    with pytest.raises(ValueError, match="resolved before"):
+        block_sparse_attention(x, x, x, None, scaling=1.0, implementation=Implementation.AUTO)
+
+
+def test_what_triton_lacks_is_said(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.zeros(1, 1, 4, 16, dtype=torch.float64)
+    with pytest.raises(UnsupportedError, match=r"torch\.float64\. Allowed: float16, bfloat16"):
+        block_sparse_attention(x, x, x, None, scaling=1.0, implementation=TRITON)
+    x = torch.zeros(1, 1, 4, 512)
+    with pytest.raises(UnsupportedError, match=r"head size 512\. Allowed: at most 256"):
+        block_sparse_attention(x, x, x, None, scaling=1.0, implementation=TRITON)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x, y = torch.zeros(1, 3, 4, 16), torch.zeros(1, 2, 4, 16)
+    index = from_masks(torch.ones(1, 1, 1, 1, dtype=torch.bool), None, 64)
+    for arguments, message in [
+        ((x, y, y, None), "H_kv"),
+        ((x, x, x.half(), None), "share a dtype"),
+        ((x, x, x, index), r"offsets must be \(1, 3, 2\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            block_sparse_attention(*arguments, scaling=1.0, implementation=REFERENCE)
+    with pytest.raises(ValueError, match="starts must be int64"):
+        block_sparse_attention(
+            x, x, x, None, starts=torch.zeros(2), scaling=1.0, implementation=REFERENCE
+        )
+
+
+COMPILE = """
+import json, os, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from squeeze.kernels.block_sparse_attention import triton as kernel
+
+for arch, D, rows, listed in json.loads(sys.argv[1]):
+    options = kernel.launch_options(rows, triton.next_power_of_2(D), 2, arch)
+    constants = dict(
+        H=32, GROUPS=4, D=D, SOFTCAP=0.0, LOG2_E=kernel.LOG2_E, HAS_STARTS=True, LISTED=listed,
+        COLUMNS=listed, UPCAST=False, BLOCK_M=rows, BLOCK_N=options.pop("BLOCK_N"),
+        BLOCK_D=triton.next_power_of_2(D), q_d=1, k_d=1, v_d=1,
+    )
+    types = dict(query="*bf16", keys="*bf16", values="*bf16", out="*bf16", lse="*fp32",
+                 starts="*i64", scale="fp32")
+    names, lists = kernel._attention.arg_names, ("block_offsets", "block_ids", "column_offsets",
+                                                 "column_ids")
+    for name in lists:
+        if listed:
+            types[name] = "*i32"
+        else:
+            constants[name] = None
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
+               if signature[n][0] == "*" or n[:2] in ("q_", "k_", "v_") and n not in constants}
+    compiled = triton.compile(
+        ASTSource(kernel._attention, signature, {(names.index(n),): v for n, v in
+                                                 constants.items()}, aligned),
+        target=GPUTarget("cuda", arch, 32),
+        options=options,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        with open(path, "wb") as file:
+            file.write(compiled.asm["cubin"])
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+        text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True).stdout
+    stack = int(re.search(r"STACK:(\\d+)", text).group(1))
+    print(json.dumps([arch, D, rows, stack, compiled.metadata.shared]))
+"""
+SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+
+
+def test_the_kernel_compiles_without_spills():
+    pytest.importorskip("triton")
+    cases = [(90, 128, 64, True), (90, 128, 128, False), (80, 128, 64, True), (100, 128, 64, True)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps(cases)],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(cases)
+    for arch, _, _, stack, shared in results:
+        assert stack == 0, results
+        assert shared <= SHARED_BYTES[arch], results
