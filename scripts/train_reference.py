@@ -6,7 +6,7 @@
 ``val.npy``: the token ids of the books, uint16. ``OUT`` receives a Hugging Face checkpoint and
 ``train_eval.json``. A part of the sequences hides facts or repeats passages, so that the model must
 look far back; contexts grow from 2048 to 32768 tokens. Time and not steps ends a stage, so a rerun
-gives a model as good, not the same bytes. ``reference_text.py`` beside this file makes the sequences.
+gives a model as good, not the same bytes. ``reference_text.py`` makes the sequences.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from reference_text import BOS, PAD, Sequences, Writer
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reference_text import BOS, PAD, Sequences, Writer
 from squeeze.evaluation.facts import DIGITS, FORMS
 
 HEAD_DIM, VOCABULARY, THETA, EPSILON = 64, 8192, 500000.0, 1e-5
@@ -151,7 +151,8 @@ def train(model: Model, options: argparse.Namespace) -> dict[str, float]:
         betas=(0.9, 0.95),
         fused=cuda,
     )
-    chooser, loaders, step, seen, ends = random.Random(3), {}, 0, 0, 0.0
+    loaders: dict[tuple[int, float], Iterator[Any]] = {}
+    chooser, step, seen, ends = random.Random(3), 0, 0, 0.0
     for stage in TINY_STAGES if options.tiny else STAGES:
         ends += stage.share * options.seconds
         while (elapsed := time.time() - began) < ends:

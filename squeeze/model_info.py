@@ -67,7 +67,7 @@ class AttentionInfo:
     Attributes:
         layer: Index of the layer.
         module: Dotted name of the attention module.
-        kind: ``full_attention``, ``sliding_attention``, ``chunked_attention``, ``linear_attention``.
+        kind: ``full_attention``, or ``sliding_``, ``chunked_`` or ``linear_attention``.
         query_heads: H.
         kv_heads: H_kv.
         head_dim: D.

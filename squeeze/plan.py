@@ -88,7 +88,7 @@ class Plan:
         sink_tokens: First tokens of each row kept exact.
         residual_length: Newest tokens kept exact.
         statistics: Names that calibration must measure, sorted.
-        effective_bits: ``weights``, ``keys``, ``values``: stored bits per value, overheads included.
+        effective_bits: ``weights``, ``keys``, ``values``: stored bits per value, all included.
         weight_bytes: Whole model: ``before`` and ``after``.
         kv_bytes: At ``context`` and ``batch``: ``before`` and ``after``, allocated.
         kv_constant_bytes: Tables that do not grow with tokens.

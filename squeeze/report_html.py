@@ -108,10 +108,10 @@ def document(title: str, body: str) -> str:
 
 def sensitivity_charts(rows: Iterable[Mapping[str, Any]]) -> str:
     """Draw one chart per part of the model: loss increase by layer, one bar per width."""
-    parts: dict[str, dict[str, dict[int, float]]] = {}
+    parts: dict[str, dict[float, dict[int, float]]] = {}
     for row in rows:
-        widths = parts.setdefault(str(row["part"]), {})
-        widths.setdefault(str(row["bits"]), {})[int(row["layer"])] = float(row["loss_increase"])
+        widths = parts.setdefault(str(row["part"]).replace("_", " "), {})
+        widths.setdefault(round(float(row["bits"]), 2), {})[int(row["layer"])] = float(row["loss_increase"])
     return "".join(_sensitivity_chart(part, widths) for part, widths in parts.items())
 
 
@@ -233,11 +233,11 @@ def _sensitivity(rows: Sequence[Mapping[str, Any]]) -> str:
     return _section("Sensitivity per layer", note, sensitivity_charts(rows))
 
 
-def _sensitivity_chart(part: str, widths: Mapping[str, Mapping[int, float]]) -> str:
+def _sensitivity_chart(part: str, widths: Mapping[float, Mapping[int, float]]) -> str:
     layers = max(max(values) for values in widths.values()) + 1
     series = {
-        f"{bits} bits": [values.get(layer, 0.0) for layer in range(layers)]
-        for bits, values in widths.items()
+        f"{bits:g} bits": [values.get(layer, 0.0) for layer in range(layers)]
+        for bits, values in sorted(widths.items())
     }
     keys = legend((f"s{k % SERIES}", f"{part}, {name}") for k, name in enumerate(series))
     return keys + bars(series, "layer", "loss increase, nats", (1070, 240))

@@ -4,11 +4,10 @@ import json
 import re
 
 import pytest
-import torch
 from click.testing import CliRunner
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from squeeze import reference, registry
+import tests.pico
+from squeeze import registry
 from squeeze.cli import main
 from squeeze.cli._progress import progress
 from squeeze.recipe import shipped
@@ -18,11 +17,9 @@ COMMANDS = [
     *("inspect", "ls", "plan", "run", "schema"),
 ]
 SMALL = [
-    *("--set", "evaluate.tasks=[books_perplexity]"),
-    *("--set", "evaluate.lengths=[128]"),
-    *("--set", "evaluate.windows=1"),
-    *("--set", "kv_cache.residual_length=16"),
-    *("--set", "evaluate.sensitivity=false"),
+    argument
+    for path, value in {**tests.pico.SETTINGS, "kv_cache.residual_length": 16}.items()
+    for argument in ("--set", f"{path}={json.dumps(value)}")
 ]
 
 
@@ -49,24 +46,7 @@ def fail(*arguments):
 
 @pytest.fixture(scope="module")
 def pico(tmp_path_factory):
-    """A two-layer model with random weights and the reference tokenizer."""
-    folder = tmp_path_factory.mktemp("pico")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(reference.path()).save_pretrained(folder)
-    return folder
+    return tests.pico.save(tmp_path_factory.mktemp("pico"))
 
 
 @pytest.fixture(scope="module")
@@ -264,8 +244,8 @@ def test_export_copies_and_refuses_unknown_formats(squeezed, tmp_path):
 def test_inspect_measures_every_layer(pico, tmp_path):
     page = tmp_path / "sensitivity.html"
     found = json.loads(succeed("inspect", pico, "--bits", "2,4", "--plot", page, "--json"))
-    seen = {(row["layer"], row["part"], row["bits"]) for row in found["rows"]}
-    assert {(0, "keys", 2), (1, "keys", 4), (0, "weights", 2)} <= seen
+    seen = {(row["layer"], row["part"], int(row["bits"])) for row in found["rows"]}
+    assert {(0, "keys", 2), (1, "keys", 4), (1, "values", 2), (0, "weights", 4)} <= seen
     assert "<svg" in page.read_text()
 
 

@@ -16,7 +16,7 @@ STRATA = (
     ("errors", "types", "registry", "environment"),
     ("kernels",),
     ("quant", "sparsify"),
-    ("recipe", "model_info", "plan"),
+    ("recipe_values", "recipe_parse", "recipe_schema", "recipe", "model_info", "plan"),
     ("reference", "calibrate", "linear", "cache", "attention", "swapping", "compress"),
     ("measurement", "evaluation", "report_charts", "report_html", "report"),
     ("loading", "quantizer", "export"),

@@ -46,7 +46,7 @@ def _parameters(cls: type) -> dict[str, str]:
     import typing
     from dataclasses import MISSING, fields
 
-    from squeeze.recipe import describe
+    from squeeze.recipe_parse import describe
 
     hints = typing.get_type_hints(cls, include_extras=True)
     parameters = {}

@@ -30,7 +30,7 @@ from squeeze.evaluation.scoring import (
 from squeeze.evaluation.sensitivity import layer_sensitivity
 from squeeze.measurement import Measurement
 from squeeze.plan import Plan
-from squeeze.recipe import Calibration, Recipe
+from squeeze.recipe_values import Calibration, Recipe
 from squeeze.swapping import Artifacts, swap
 
 # Where KV bytes per token and speed are counted.

@@ -16,7 +16,10 @@ doc_to_text: "{{prompt}}"
 doc_to_target: "{{answer}}"
 generation_kwargs: {until: ["\\n"], max_gen_toks: 12, do_sample: false}
 metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true, regexes_to_ignore: ['[ ".,]']}
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+    regexes_to_ignore: ['[ ".,]', pounds]
 """
 SMALL = """
 include: {folder}/{name}.yaml

@@ -85,9 +85,9 @@ def test_prompts_have_exactly_the_length_and_hold_every_fact(tokenizer, text):
 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_questions_never_pass_learned_positions(tokenizer, text, mode):
-    config = GPT2Config(vocab_size=8192, n_positions=320, n_embd=16, n_layer=1, n_head=2)
+    config = GPT2Config(vocab_size=8192, n_positions=512, n_embd=16, n_layer=1, n_head=2)
     model = GPT2LMHeadModel(config)
-    result = needle(model, tokenizer, mode=mode, length=320, limit=4, text=text)
+    result = needle(model, tokenizer, mode=mode, length=512, limit=4, text=text)
     assert (result["count"], result["value"]) == (4, 0)
 
 

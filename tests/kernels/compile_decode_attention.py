@@ -41,7 +41,7 @@ CASES = {
     "eight": (Affine(8, "channel", 64), Affine(8, "token", 64, True), 128, 128, 16, "bf16"),
     "swapped": (Affine(4, "token", 32), Affine(4, "channel", 32), 128, 128, 16, "fp16"),
     "raw": (RawBlocks(), Affine(2, "token", 32), 64, 128, 64, "bf16"),
-    "full": (Affine(4, "channel", 64), RawBlocks(), 128, 128, 64, "fp32"),
+    "full": (Affine(4, "channel", 64), RawBlocks(), 128, 128, 16, "fp32"),
 }
 
 

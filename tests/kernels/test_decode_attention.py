@@ -1,7 +1,10 @@
 import json
+import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +55,17 @@ def packed(format, x, segments=2):
     if cut < x.shape[0]:
         parts.append({n: t[cut:].clone() for n, t in whole.items()})
     return PackedBlocks(format, {}, tuple(parts), x.shape[-2])
+
+
+def addresses(blocks):
+    """Tabulate where the blocks are, as a cache does."""
+    return {
+        name: torch.tensor(
+            [x[i].data_ptr() for s in blocks.segments for x in [s[name]] for i in range(len(x))],
+            device=blocks.segments[0][name].device,
+        )
+        for name in blocks.segments[0]
+    }
 
 
 def poison(blocks, counts):
@@ -247,3 +261,109 @@ def test_kernel_in_half_precision():
     arguments = build(case)
     output, lse = call(arguments, case, Implementation.TRITON)
     within_budget(output, lse, arguments, case, torch.float16)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernel_compiles_without_a_gpu(capability):
+    names = ("default", "short") if capability == 90 else ("short",)
+    script = Path(__file__).with_name("compile_decode_attention.py")
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(api.__file__).parents[3])
+    command = [sys.executable, str(script), *(f"{name}:{capability}" for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result["case"] for result in results] == list(names)
+    # Bytes spilled by a thread: more than a few registers' worth would stand in the inner loop.
+    assert all(result["stack"] <= 64 for result in results), results
+
+
+def test_choice_of_implementation_is_explicit(monkeypatch):
+    case = Case(KEYS4, VALUES4)
+    arguments = build(case)
+    with pytest.raises(ValueError, match="auto"):
+        call(arguments, case, Implementation.AUTO)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(DeviceError, match=r"device cpu.*CUDA device.*implementation: reference"):
+        call(arguments, case, Implementation.TRITON)
+
+
+def test_format_without_tile_functions_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    stranger = SimpleNamespace(info=SimpleNamespace(name="stranger"))
+    with pytest.raises(UnsupportedError, match=r"'stranger'.*tiles"):
+        api.require_triton(torch.device("cpu"), stranger)
+    assert api.has_tiles("affine")
+    assert api.has_tiles("raw")
+    assert not api.has_tiles("stranger")
+
+
+def test_contradicting_shapes_are_refused():
+    case = Case(KEYS4, VALUES4)
+    arguments = build(case)
+    with pytest.raises(ValueError, match="packed_query"):
+        call([arguments[0], arguments[1][..., :32], *arguments[2:]], case, Implementation.REFERENCE)
+    with pytest.raises(ValueError, match="together"):
+        call([*arguments[:4], None, *arguments[5:]], case, Implementation.REFERENCE)
+    other = build(Case(KEYS4, VALUES4, blocks=(5, 5)))
+    with pytest.raises(ValueError, match="blocks of 64"):
+        call([*arguments[:4], other[4], *arguments[5:]], case, Implementation.REFERENCE)
+
+
+def test_importing_the_api_loads_no_kernel():
+    code = (
+        "import sys, squeeze.kernels.decode_attention.api;"
+        "assert not any(n.startswith('triton') or n.endswith('.triton') for n in sys.modules)"
+    )
+    root = str(Path(api.__file__).parents[3])
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_max_blocks_bounds_what_is_read():
+    case = Case(KEYS4, VALUES4, blocks=(1, 1))
+    arguments = build(Case(KEYS4, VALUES4, blocks=(3, 1)))
+    arguments[5] = torch.tensor([1, 1], dtype=torch.int32)
+    for implementation in (Implementation.REFERENCE, Implementation.TRITON):
+        bounded, _ = call(arguments, case, implementation, max_blocks=1)
+        whole, _ = call(arguments, case, implementation)
+        torch.testing.assert_close(bounded, whole)
+
+
+GPU_CASES = [
+    Case(k, v, length=length, size=size, groups=groups, steps=steps, dtype=torch.bfloat16,
+         blocks=(11, 4), exact=(130, 64), shifted=bool(groups % 2))
+    for k, v, length, size in (
+        (Affine(4, "channel", 64), Affine(4, "token", 64), 128, 128),
+        (Affine(4, "channel", 128), Affine(4, "token", 128), 128, 128),
+        (Affine(2, "channel", 32), Affine(2, "token", 64), 64, 64),
+        (Affine(3, "token", 40), Affine(3, "channel", 128), 128, 80),
+        (Affine(8, "channel", 64), Affine(8, "token", 32, True), 128, 128),
+        (RawBlocks(), Affine(4, "token", 64), 64, 128),
+        (Affine(4, "channel", 64), RawBlocks(), 64, 128),
+    )
+    for groups, steps in ((1, 1), (4, 1), (7, 1), (3, 16))
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=range(len(GPU_CASES)))
+def test_kernel_on_the_gpu_matches_float64(case):
+    arguments = build(case, seed=GPU_CASES.index(case), device="cuda")
+    output, lse = call(arguments, case, Implementation.TRITON)
+    within_budget(output, lse, arguments, case, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_launch_needs_no_synchronisation():
+    case = GPU_CASES[0]
+    arguments = build(case, device="cuda")
+    for side in (3, 4):
+        arguments[side] = replace(arguments[side], addresses=addresses(arguments[side]))
+    eager = call(arguments, case, Implementation.TRITON)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(arguments, case, Implementation.TRITON)
+    graph.replay()
+    assert torch.equal(captured[0], eager[0])
+    assert torch.equal(captured[1], eager[1])

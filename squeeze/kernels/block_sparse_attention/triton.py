@@ -221,13 +221,16 @@ def launch_options(rows: int, head_dim: int, element_bytes: int, arch: int) -> d
         rows: Queries per block, 64 or 128.
         head_dim: Padded to a power of two.
         element_bytes: Of the queries, keys and values.
-        arch: Compute capability times ten. Before Hopper both products keep their operands in
-            registers, which half the keys leave room for.
+        arch: Compute capability times ten. Without wgmma (9.x) or tcgen05 (10.x) the products keep
+            their operands in registers, which leaves room for half the keys; 8.6, 8.9 and 12.x
+            have 99 KiB of shared memory.
     """
     row_bytes = head_dim * element_bytes
-    tile = 64 if arch >= 90 and row_bytes <= 512 else 32
-    warps = 8 if rows == 128 or row_bytes > 256 or arch not in (90, 120) else 4
-    return {"BLOCK_N": tile, "num_warps": warps, "num_stages": 2 if row_bytes <= 512 else 1}
+    datacenter = arch // 10 in (9, 10)
+    tile = 64 if datacenter and row_bytes <= 512 else 32
+    warps = 4 if arch == 90 and rows == 64 and row_bytes <= 256 else 8
+    deep = row_bytes <= 256 or (row_bytes <= 512 and (datacenter or arch == 80))
+    return {"BLOCK_N": tile, "num_warps": warps, "num_stages": 2 if deep else 1}
 
 
 def _arch(device: torch.device) -> int:

@@ -24,7 +24,8 @@ from torch import Tensor
 from squeeze.types import PackedBlocks
 
 LOG2_E = math.log2(math.e)
-STAGES = 1
+# Addresses, then words, then arithmetic: the loads of the next block are under way during this one.
+STAGES = 3
 PROGRAMS_PER_SM = 4
 INTERPRETED_PROGRAMS = 12
 # A split shorter than this costs more to start and merge than it saves.
@@ -130,7 +131,7 @@ def _exact(
     maximum = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     output = tl.zeros((M, WIDTH), tl.float32)
-    for start in range(0, count, EXACT):
+    for start in tl.range(0, count, EXACT, num_stages=2):
         slot = start + tl.arange(0, EXACT)
         mask = (slot < count)[:, None] & (channel < D)[None, :]
         places = slot[:, None].to(tl.int64) * key_strides[2] + channel[None, :]
@@ -393,7 +394,8 @@ def decode_attention(
     batch, heads, steps, size = query.shape
     kv_heads = exact_keys.shape[1]
     rows = heads // kv_heads * steps
-    tile = min(64, max(16, triton.next_power_of_2(rows)))
+    widest = 16 if query.dtype == torch.float32 else 64
+    tile = min(widest, max(16, triton.next_power_of_2(rows)))
     length = 0 if keys is None else keys.length
     splits = _splits(query.device, batch * kv_heads * triton.cdiv(rows, tile), max_blocks, length)
     key_side = _side(keys, exact_counts, size)

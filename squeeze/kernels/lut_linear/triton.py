@@ -175,7 +175,7 @@ def _vector_kernel(
                 new = ()
                 for m in tl.static_range(M):
                     value = tl.load(x + m * x_stride + column, mask=keep, other=0.0)
-                    new = (*new, sums[m] + entry * value.to(tl.float32)[None, :])
+                    new = new + (sums[m] + entry * value.to(tl.float32)[None, :],)  # noqa: RUF005
                 sums = new
     keep = rows < out_features
     for m in tl.static_range(M):

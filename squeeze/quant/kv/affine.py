@@ -27,7 +27,9 @@ class Affine:
     ``x = code * scale + zero``. A group is ``group_size`` consecutive tokens of one channel
     (granularity channel, for keys: their outliers live in channels) or ``group_size`` consecutive
     channels of one token (granularity token, for values). A constant group is stored exactly when
-    float16 holds its value. NaN makes its whole group NaN; larger than float16 saturates.
+    float16 holds its value (symmetric: only zero is exact). Quantizing again changes nothing while
+    a step is wider than float16's spacing at the minimum. NaN makes its whole group NaN; values
+    past float16 saturate.
 
     Args:
         bits: Width of one code.

@@ -31,8 +31,9 @@ class VerticalSlash:
         slashes: Width of all diagonals of a head together, in tokens; rounds up to blocks.
         window_size: Nearest distances, always among the slashes, in tokens.
         last_queries: Queries at the end of the prompt that the estimate reads.
-        earlier_queries: Further queries that it reads, ``stride`` apart, back from the last one.
-        stride: Distance of those, in tokens.
+        passes: Times that it reads as many further queries, ``stride`` apart, back from the last
+            one; each pass begins ``stride / passes`` tokens earlier than the one before.
+        stride: Distance between the queries of a pass, in tokens.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
     Cost: one product of sampled queries and keys; 12 * last_queries * T bytes per head while
@@ -46,11 +47,11 @@ class VerticalSlash:
         offline); block 0 is always read and takes no column, in place of 30 forced columns.
     """
 
-    verticals: Annotated[int, Ge(0)] = 1000
+    verticals: Annotated[int, Ge(0)] = 2500
     slashes: Annotated[int, Ge(0)] = 1500
     window_size: Annotated[int, Ge(1)] = 100
     last_queries: Annotated[int, Ge(1)] = 64
-    earlier_queries: Annotated[int, Ge(0)] = 64
+    passes: Annotated[int, Ge(0)] = 4
     stride: Annotated[int, Ge(1)] = 16
     block_size: Literal[64, 128] = 64
     min_length: Annotated[int, Ge(1)] = 1024
@@ -80,13 +81,23 @@ class VerticalSlash:
             starts = torch.zeros(B, dtype=torch.int64, device=query.device)
         lengths = (T - starts)[:, None, None]  # [B, 1, 1]
         columns = diagonals = torch.zeros((), device=query.device)
-        for count, stride in ((self.last_queries, 1), (self.earlier_queries, self.stride)):
-            sampled = sampled_weights(query, keys, starts, scaling, softcap, count, stride)
-            columns = columns + sampled.sum(-2)  # [B, H, T]
-            diagonals = diagonals + block_diagonals(sampled, self.block_size, stride)
+        for rows in self._samples(T):
+            weights = sampled_weights(query, keys, starts, scaling, softcap, rows)
+            columns = columns + weights.sum(-2)  # [B, H, T]
+            diagonals = diagonals + block_diagonals(weights, rows, self.block_size)
         chosen = self._choose_columns(columns, starts, lengths)
         distances = self._choose_distances(diagonals, lengths)
         return self._list(chosen, distances, lengths, T)
+
+    def _samples(self, T: int) -> list[range]:
+        """Return the tokens whose queries are read, one progression per pass over the keys."""
+        steps = [(T - 1, 1)]
+        steps += [(T - 1 - i * self.stride // self.passes, self.stride) for i in range(self.passes)]
+        return [
+            range(last, max(-1, last - self.last_queries * stride), -stride)[::-1]
+            for last, stride in steps
+            if last >= 0
+        ]
 
     def _choose_columns(self, mass: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
         """Return the positions of the best columns, ascending, ``[B, H, V]``; T fills up."""
@@ -134,41 +145,38 @@ def sampled_weights(
     starts: Tensor,
     scaling: float,
     softcap: float | None,
-    count: int,
-    stride: int,
+    rows: range,
 ) -> Tensor:
-    """Return the attention of ``count`` queries, float32 ``[B, H, R, T]``, in order.
+    """Return the attention of the queries of tokens ``rows``, float32 ``[B, H, R, T]``.
 
-    They lie ``stride`` apart and the last token is the last of them; R is ``count`` or as many as
-    there are. Rows and columns of padding are 0.
+    Rows and columns of padding are 0.
     """
     (B, H, T, D), H_kv = query.shape, keys.shape[1]
-    R = min(count, (T - 1) // stride + 1)
-    rows = torch.arange(R, device=query.device) * stride + (T - 1 - stride * (R - 1))
-    sampled = query[:, :, rows].float() * scaling
-    scores = sampled.reshape(B, H_kv, H // H_kv * R, D) @ keys.float().mT  # [B, H_kv, G * R, T]
-    scores = scores.view(B, H, R, T)
+    sampled = query[:, :, rows.start : rows.stop : rows.step].float() * scaling
+    scores = sampled.reshape(B, H_kv, -1, D) @ keys.float().mT  # [B, H_kv, G * R, T]
+    scores = scores.view(B, H, -1, T)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     tokens = torch.arange(T, device=query.device)
-    hidden = (tokens > rows[:, None]) | (tokens < starts[:, None, None])
+    own = tokens[rows.start : rows.stop : rows.step, None]
+    hidden = (tokens > own) | (tokens < starts[:, None, None])
     hidden = hidden[:, None]  # [B, 1, R, T]
     weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
     return weights.masked_fill_(hidden, 0.0)
 
 
-def block_diagonals(weights: Tensor, size: int, stride: int) -> Tensor:
+def block_diagonals(weights: Tensor, rows: range, size: int) -> Tensor:
     """Return the mass that each block diagonal would compute, ``[B, H, ceil(T / size)]``.
 
-    The queries of ``weights [B, H, R, T]`` lie ``stride`` apart and end with the last token. Offset
-    o lies in the block diagonals at o // size and the next one, in proportion to its overlap.
+    ``weights [B, H, R, T]`` belong to the tokens ``rows``. Offset o lies in the block diagonals at
+    o // size and the next one, in proportion to its overlap with them.
     """
     B, H, R, T = weights.shape
-    shift = stride * max(0, R - 1)
-    # Row r, read from stride * r on, has each offset in the same column as every other row.
+    shift = T - 1 - rows[0]
     width = T + shift
+    # Row r, read from rows[r] - rows[0] on, has each offset in the same column as every other row.
     skewed = pad(weights, (shift, 0)).as_strided(
-        (B, H, R, T), (H * R * width, R * width, width + stride, 1)
+        (B, H, R, T), (H * R * width, R * width, width + rows.step, 1)
     )
     offsets = pad(skewed.sum(2).flip(-1), (0, -T % size)).unflatten(-1, (-1, size))
     farther = torch.arange(size, device=weights.device) / size

@@ -31,7 +31,9 @@ def oracle(policy, query, keys, scaling):
     T, size = query.shape[0], policy.block_size
     N = -(-T // policy.block_size)
     sample = [T - 1 - r for r in range(policy.last_queries)]
-    sample += [T - 1 - r * policy.stride for r in range(policy.earlier_queries)]
+    for i in range(policy.passes):
+        last = T - 1 - i * policy.stride // policy.passes
+        sample += [last - r * policy.stride for r in range(policy.last_queries)]
     column, diagonal = [0.0] * T, [0.0] * N
     for t in (t for t in sample if t >= 0):
         weights = torch.softmax(scaling * (keys[: t + 1].double() @ query[t].double()), 0).tolist()
@@ -53,17 +55,22 @@ def oracle(policy, query, keys, scaling):
 
 
 @pytest.mark.parametrize(
-    ("T", "verticals", "slashes", "window", "size", "earlier"),
-    [(300, 20, 128, 1, 64, 7), (257, 0, 0, 65, 64, 7), (290, 7, 200, 66, 64, 0), (300, 30, 0, 1, 128, 7),
-     (40, 5, 64, 100, 64, 7)],
-)  # fmt: skip
-def test_against_the_words(T, verticals, slashes, window, size, earlier):
+    ("T", "verticals", "slashes", "window", "size", "passes"),
+    [
+        (300, 20, 128, 1, 64, 2),
+        (257, 0, 0, 65, 64, 2),
+        (290, 7, 200, 66, 64, 0),
+        (300, 30, 0, 1, 128, 2),
+        (40, 5, 64, 100, 64, 2),
+    ],
+)
+def test_against_the_words(T, verticals, slashes, window, size, passes):
     policy = VerticalSlash(
         verticals,
         slashes,
         window,
         last_queries=16,
-        earlier_queries=earlier,
+        passes=passes,
         stride=9,
         block_size=size,
     )
@@ -78,13 +85,13 @@ def test_block_diagonals_by_hand():
     # neighbour's diagonal overlaps block distance 0 by 3/4 and distance 1 by 1/4 in blocks of 4.
     weights = torch.tensor([0, 0, 0, 0.25, 0, 0, 0.25, 0.5]).view(1, 1, 1, 8)
     expected = [0.5 + 0.25 * 0.75, 0.25 + 0.25 * 0.25]
-    assert block_diagonals(weights, 4, 1)[0, 0].tolist() == pytest.approx(expected)
+    assert block_diagonals(weights, range(7, 8), 4)[0, 0].tolist() == pytest.approx(expected)
 
 
 def test_weights_are_the_attention_of_sampled_queries():
     query, keys = inputs(2, 4, 2, 50)
     starts = torch.tensor([0, 46])
-    weights = sampled_weights(query, keys, starts, 0.25, 5.0, 8, 1)
+    weights = sampled_weights(query, keys, starts, 0.25, 5.0, range(42, 50))
     assert weights.shape == (2, 4, 8, 50)
     scores = 5 * torch.tanh(0.25 * query[0, 3, 45] @ keys[0, 1, :46].T / 5)
     torch.testing.assert_close(weights[0, 3, 3, :46], scores.softmax(0))
@@ -96,15 +103,15 @@ def test_weights_are_the_attention_of_sampled_queries():
 
 def test_strided_queries_line_up():
     # Every query of the sample reads only the token 5 before it: distances 1 (3/4) and 2 (1/4).
-    weights = torch.zeros(1, 1, 3, 40)
-    for row, token in enumerate((25, 32, 39)):
+    rows, weights = range(23, 40, 7), torch.zeros(1, 1, 3, 40)
+    for row, token in enumerate(rows):
         weights[0, 0, row, token - 5] = 1.0
-    mass = block_diagonals(weights, 4, 7)[0, 0]
+    mass = block_diagonals(weights, rows, 4)[0, 0]
     assert mass.tolist() == pytest.approx([0, 2.25, 0.75] + [0] * 7)
     query, keys = inputs(1, 2, 1, 40)
-    every = sampled_weights(query, keys, torch.tensor([0]), 0.25, None, 40, 1)
-    some = sampled_weights(query, keys, torch.tensor([0]), 0.25, None, 3, 7)
-    torch.testing.assert_close(some, every[:, :, [25, 32, 39]])
+    every = sampled_weights(query, keys, torch.tensor([0]), 0.25, None, range(40))
+    some = sampled_weights(query, keys, torch.tensor([0]), 0.25, None, rows)
+    torch.testing.assert_close(some, every[:, :, list(rows)])
 
 
 def test_a_column_that_all_attend_is_read_by_all():

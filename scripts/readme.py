@@ -1,0 +1,88 @@
+"""Write the generated parts of the documentation: method lists, and the table of results.
+
+Run it from anywhere in the checkout::
+
+    python scripts/readme.py                              methods, from the registry
+    python scripts/readme.py --report out/report.json     and the results of a run
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from squeeze import registry
+from squeeze.measurement import KV_CONDITION, metrics, ratio
+from squeeze.report import Report
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+CATALOGUE = ROOT / "docs" / "methods.md"
+TITLES = {
+    "kv": "KV-cache formats",
+    "transform": "Exact transforms of keys and values",
+    "weights": "Weight clustering",
+    "prefill": "Sparse prefill",
+}
+
+
+def main() -> None:
+    """Write the README's generated parts and the catalogue of methods."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--report", type=Path, help="report.json of the run to show")
+    options = parser.parse_args()
+    readme = replace(README.read_text(encoding="utf-8"), "methods", methods())
+    if options.report:
+        readme = replace(readme, "results", results(Report.load(options.report)))
+    README.write_text(readme, encoding="utf-8")
+    CATALOGUE.write_text(catalogue(), encoding="utf-8")
+
+
+def replace(text: str, name: str, content: str) -> str:
+    """Put ``content`` between the markers of one generated part."""
+    before, opening, rest = text.partition(f"<!-- {name}: ")
+    command, closing, rest = rest.partition("-->\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->")
+    assert opening and closing and end, f"README.md has lost the markers of {name}"
+    return f"{before}{opening}{command}{closing}{content}{end}{after}"
+
+
+def methods() -> str:
+    """List every method with its source, one line per kind."""
+    lines = []
+    for kind, title in TITLES.items():
+        found = [registry.info(kind, name) for name in registry.names(kind)]
+        links = ", ".join(f"[{i.name}]({i.source})" for i in found)
+        lines.append(f"- {title}: {links}")
+    return "\n".join(lines) + "\n"
+
+
+def catalogue() -> str:
+    """Lay out every method with its idea, year and source as a page of the documentation."""
+    parts = ["# Methods", "", "Generated from the registry by `python scripts/readme.py`."]
+    for kind, title in TITLES.items():
+        parts += ["", f"## {title}", "", "| method | idea | source |", "|---|---|---|"]
+        for name in registry.names(kind):
+            info = registry.info(kind, name)
+            idea = info.idea.replace("``", "`")
+            parts.append(f"| `{name}` | {idea} | [{info.year}]({info.source}) |")
+    return "\n".join(parts) + "\n"
+
+
+def results(report: Report) -> str:
+    """Lay out a report as a Markdown table, conditions in its head and in a line below."""
+    sides = (report.dense, report.squeezed)
+    lines = ["| " + " | ".join(("measure", "conditions", "dense", "squeezed", "ratio")) + " |"]
+    lines.append("|---|---|---:|---:|---:|")
+    for metric in metrics(sides, report.conditions):
+        values = [metric.value(side) for side in sides]
+        headline = metric.condition.startswith("decode, 2048") or metric.condition == KV_CONDITION
+        if headline or metric.name.startswith(("weights", "prefill", "decode")):
+            cells = [metric.name, metric.condition, *(metric.cell(s) for s in sides), ratio(values)]
+            lines.append("| " + " | ".join(cells) + " |")
+    where = report.footnote().replace("\n", " ")
+    return "\n".join([*lines, "", f"Model `{report.model}`; {where}."]) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""From a raw mapping to a ``Recipe``: every key and value checked, every mistake named."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, Literal
+
+import annotated_types
+from pydantic import TypeAdapter, ValidationError
+
+from squeeze import registry
+from squeeze.errors import RecipeError, nearest
+from squeeze.recipe_values import (
+    LOSSLESS_BITS,
+    VERSION,
+    Attention,
+    Calibration,
+    Evaluate,
+    KVCache,
+    KVSide,
+    LayerOverride,
+    Method,
+    Recipe,
+    WeightRule,
+)
+from squeeze.types import Implementation
+
+
+class Parser:
+    """Turn a raw mapping into a ``Recipe``, with errors that name the place."""
+
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+
+    def error(self, path: str, received: str, allowed: str = "", remedy: str = "") -> RecipeError:
+        """Make the error for a place inside the recipe."""
+        return RecipeError(
+            f"{self.origin}: {path}" if path else self.origin, received, allowed, remedy
+        )
+
+    def mapping(self, raw: Any, path: str, known: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return ``raw`` if it is a mapping that holds only ``known`` keys."""
+        if not isinstance(raw, dict):
+            raise self.error(
+                path, f"got {raw!r}", "a mapping of keys to values", "Indent the keys under it"
+            )
+        for key in raw:
+            if known is not None and key not in known:
+                raise self.error(
+                    join(path, key),
+                    f"unknown key {key!r}",
+                    ", ".join(known),
+                    nearest(key, known) or "Remove it",
+                )
+        return raw
+
+    def recipe(self, raw: dict[str, Any], name: str) -> Recipe:
+        """Check a whole recipe."""
+        sections = (
+            "version",
+            "weights",
+            "kv_cache",
+            "attention",
+            "implementation",
+            "calibration",
+            "evaluate",
+        )
+        raw = self.mapping(raw, "", sections)
+        version = raw.get("version", VERSION)
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise self.error("version", f"got {version!r}", str(VERSION), "Write 'version: 1'")
+        if version > VERSION:
+            raise self.error(
+                "version",
+                f"recipe format {version} is newer than this squeeze",
+                f"up to {VERSION}",
+                "Upgrade squeeze",
+            )
+        implementation = raw.get("implementation", "auto")
+        known = [item.value for item in Implementation]
+        if implementation not in known:
+            raise self.error(
+                "implementation",
+                f"got {implementation!r}",
+                ", ".join(known),
+                nearest(implementation, known) or "Choose one",
+            )
+        return Recipe(
+            name=name,
+            origin=self.origin,
+            implementation=implementation,
+            weights=self.weights(raw.get("weights") or []),
+            kv_cache=self.kv_cache(raw["kv_cache"]) if raw.get("kv_cache") else None,
+            attention=self.attention(raw["attention"]) if raw.get("attention") else None,
+            calibration=self.section(Calibration, raw.get("calibration") or {}, "calibration"),
+            evaluate=self.section(Evaluate, raw.get("evaluate") or {}, "evaluate"),
+        )
+
+    def section(self, cls: type[Any], raw: Any, path: str) -> Any:
+        """Check a section whose fields pydantic knows."""
+        known = list(cls.model_fields)
+        raw = {
+            k: tuple(v) if isinstance(v, list) else v
+            for k, v in self.mapping(raw, path, known).items()
+        }
+        try:
+            return cls(**raw)
+        except ValidationError as failure:
+            raise self.from_pydantic(failure, path) from failure
+
+    def from_pydantic(self, failure: ValidationError, path: str) -> RecipeError:
+        """Turn pydantic's first complaint into ours."""
+        first = failure.errors()[0]
+        place = join(path, *first["loc"])
+        return self.error(place, f"got {first['input']!r}", allowed_by(first), "Change the value")
+
+    def weights(self, raw: Any) -> tuple[WeightRule, ...]:
+        """Check the list of weight rules."""
+        if not isinstance(raw, list):
+            raise self.error(
+                "weights", f"got {raw!r}", "a list of rules", "Start each rule with '- '"
+            )
+        rules = []
+        for i, rule in enumerate(raw):
+            path = f"weights.{i}"
+            rule = dict(self.mapping(rule, path))
+            scope = {key: rule.pop(key) for key in ("targets", "ignore") if key in rule}
+            for key, value in scope.items():
+                if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+                    raise self.error(
+                        f"{path}.{key}",
+                        f"got {value!r}",
+                        "a list of module names or parts of them",
+                        f"e.g. {key}: [self_attn, mlp]",
+                    )
+            method = self.method(rule, "weights", path, ("targets", "ignore"))
+            rules.append(WeightRule(method=method, **{k: tuple(v) for k, v in scope.items()}))
+        return tuple(rules)
+
+    def kv_cache(self, raw: Any) -> KVCache:
+        """Check the cache section, layer overrides merged and checked too."""
+        known = list(KVCache.model_fields)
+        raw = self.mapping(raw, "kv_cache", known)
+        for side in ("keys", "values"):
+            if side not in raw:
+                raise self.error(
+                    f"kv_cache.{side}",
+                    "is missing",
+                    "a format",
+                    "Add it; {bits: 16} stores it as it is",
+                )
+        sides = {
+            side: self.kv_side(raw[side], side, f"kv_cache.{side}") for side in ("keys", "values")
+        }
+        for key in ("sink_tokens", "residual_length"):
+            value = raw.get(key, 0)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise self.error(
+                    f"kv_cache.{key}",
+                    f"got {value!r}",
+                    "an integer of at least 0",
+                    "It counts tokens kept exact",
+                )
+        counts = {key: raw[key] for key in ("sink_tokens", "residual_length") if key in raw}
+        overrides = raw.get("layers") or []
+        if not isinstance(overrides, list):
+            raise self.error(
+                "kv_cache.layers",
+                f"got {overrides!r}",
+                "a list of overrides",
+                "e.g. - {match: [0, -1], keys: {bits: 8}}",
+            )
+        layers = tuple(
+            self.layer(item, raw, f"kv_cache.layers.{i}") for i, item in enumerate(overrides)
+        )
+        return KVCache(**sides, **counts, layers=layers)
+
+    def layer(self, raw: Any, base: dict[str, Any], path: str) -> LayerOverride:
+        """Check one override against the side it changes."""
+        raw = self.mapping(raw, path, list(LayerOverride.model_fields))
+        match = raw.get("match")
+        if not isinstance(match, list) or not all(type(i) is int for i in match):
+            raise self.error(
+                f"{path}.match", f"got {match!r}", "a list of layer numbers", "e.g. match: [0, -1]"
+            )
+        for side in ("keys", "values"):
+            merged = merge_side(base[side], self.mapping(raw.get(side) or {}, f"{path}.{side}"))
+            self.kv_side(merged, side, f"{path}.{side}")
+        return LayerOverride(
+            match=tuple(match), keys=raw.get("keys") or {}, values=raw.get("values") or {}
+        )
+
+    def kv_side(self, raw: Any, side: str, path: str) -> KVSide:
+        """Check the format and transforms of keys or values."""
+        raw = dict(self.mapping(raw, path))
+        transforms = raw.pop("transforms", None) or []
+        if not isinstance(transforms, list):
+            raise self.error(
+                f"{path}.transforms",
+                f"got {transforms!r}",
+                "a list of transforms",
+                "e.g. transforms: [center]",
+            )
+        for name in transforms:
+            cls: Any = registry.get("transform", name, f"{self.origin}: {path}.transforms")
+            if side not in cls().sides:
+                raise self.error(
+                    f"{path}.transforms",
+                    f"{name!r} does not apply to {side}",
+                    " and ".join(cls().sides),
+                    "Remove it there",
+                )
+        method = self.method(raw, "kv", path, ("transforms",))
+        return KVSide(method=method, transforms=tuple(transforms))
+
+    def attention(self, raw: Any) -> Attention:
+        """Check the attention section."""
+        raw = self.mapping(raw, "attention", list(Attention.model_fields))
+        if not raw.get("prefill"):
+            return Attention()
+        prefill = self.mapping(raw["prefill"], "attention.prefill")
+        return Attention(prefill=self.method(prefill, "prefill", "attention.prefill", ()))
+
+    def method(
+        self, raw: dict[str, Any], kind: str, path: str, siblings: tuple[str, ...]
+    ) -> Method:
+        """Check a method and its parameters against its annotations."""
+        raw = dict(raw)
+        name = raw.pop("method", None)
+        if name is None:
+            if raw != {"bits": LOSSLESS_BITS}:
+                raise self.error(
+                    f"{path}.method",
+                    "is missing",
+                    ", ".join(registry.names(kind)),
+                    "Name a method; {bits: 16} alone is lossless",
+                )
+            name = registry.names(kind)[0]
+        cls: Any = registry.get(kind, name, f"{self.origin}: {path}.method")
+        hints = typing.get_type_hints(cls, include_extras=True)
+        known = {f.name: hints[f.name] for f in fields(cls) if f.init}
+        required = [
+            f.name
+            for f in fields(cls)
+            if f.init and f.default is MISSING and f.default_factory is MISSING
+        ]
+        for key, value in raw.items():
+            if key not in known:
+                every = [*known, "method", *siblings]
+                raise self.error(
+                    join(path, key),
+                    f"unknown key {key!r} of method {name!r}",
+                    ", ".join(every),
+                    nearest(key, every) or "Remove it",
+                )
+            if not (key == "bits" and value == LOSSLESS_BITS and kind != "prefill"):
+                self.value(value, known[key], join(path, key), key)
+        for key in required:
+            if key not in raw and raw.get("bits") != LOSSLESS_BITS:
+                raise self.error(
+                    join(path, key),
+                    f"is missing for method {name!r}",
+                    describe(known[key]),
+                    f"Add '{key}:'",
+                )
+        return Method(kind=kind, name=name, parameters=raw)
+
+    def value(self, value: Any, hint: Any, path: str, key: str) -> None:
+        """Check one parameter against its annotation."""
+        try:
+            TypeAdapter(hint).validate_python(
+                tuple(value) if isinstance(value, list) else value, strict=True
+            )
+        except ValidationError as failure:
+            extra = f", or {LOSSLESS_BITS} (lossless)" if key == "bits" else ""
+            raise self.error(
+                path,
+                f"got {value!r}",
+                describe(hint) + extra,
+                nearest(str(value), choices_of(hint)) or "Change the value",
+            ) from failure
+
+
+def merge_side(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay a layer's override over a side; naming another method drops the base's parameters."""
+    if override.get("method", base.get("method")) != base.get("method"):
+        return dict(override)
+    return {**base, **override}
+
+
+def layer_sides(kv_cache: KVCache, layer: int, layers: int) -> tuple[KVSide, KVSide]:
+    """Return the keys' and values' settings of one layer, overrides applied in order.
+
+    Args:
+        kv_cache: The section.
+        layer: Index of the layer, from 0.
+        layers: Number of decoder layers.
+    """
+    sides = {"keys": kv_cache.keys.to_dict(), "values": kv_cache.values.to_dict()}
+    for override in kv_cache.layers:
+        if layer in [i + layers if i < 0 else i for i in override.match]:
+            for side in sides:
+                sides[side] = merge_side(sides[side], getattr(override, side))
+    parser = Parser("recipe")
+    return (
+        parser.kv_side(sides["keys"], "keys", "kv_cache.keys"),
+        parser.kv_side(sides["values"], "values", "kv_cache.values"),
+    )
+
+
+def describe(hint: Any) -> str:
+    """Say in words which values an annotation allows."""
+    choices = choices_of(hint)
+    if choices:
+        return ", ".join(choices)
+    if typing.get_origin(hint) is Annotated:
+        base, *wrapped = typing.get_args(hint)
+        # A pydantic Field carries its bounds one level down.
+        marks = [mark for item in wrapped for mark in getattr(item, "metadata", [item])]
+        bounds = []
+        for mark in marks:
+            for sign, word in (
+                ("ge", "at least"),
+                ("gt", "above"),
+                ("le", "at most"),
+                ("lt", "below"),
+            ):
+                bound = getattr(mark, sign, None)
+                if bound is not None:
+                    bounds.append(f"{word} {bound}")
+            if isinstance(mark, annotated_types.MultipleOf):
+                bounds.append(f"a multiple of {mark.multiple_of}")
+        return " ".join([describe(base), " and ".join(bounds)]).strip()
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(describe(arg) for arg in typing.get_args(hint))
+    if hint is types.NoneType:
+        return "null"
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    return words.get(hint, str(hint))
+
+
+def choices_of(hint: Any) -> list[str]:
+    """List the choices of a ``Literal``, or nothing."""
+    if typing.get_origin(hint) is Annotated:
+        return choices_of(typing.get_args(hint)[0])
+    return [str(v) for v in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
+
+
+def allowed_by(error: Any) -> str:
+    """Say in words what a pydantic error would have allowed."""
+    context, kind = error.get("ctx") or {}, error["type"]
+    if "expected" in context:
+        return str(context["expected"])
+    for key, word in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
+        if key in context:
+            return f"a number of {word} {context[key]}"
+    return {
+        "int_type": "an integer",
+        "bool_type": "true or false",
+        "string_type": "text",
+        "tuple_type": "a list",
+    }.get(kind, error["msg"])
+
+
+def join(*parts: Any) -> str:
+    """Join the parts of a path with dots, leaving out empty ones."""
+    return ".".join(str(part) for part in parts if part not in ("", None))

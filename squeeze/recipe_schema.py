@@ -1,0 +1,109 @@
+"""The JSON schema of a recipe file, from the same annotations that the parser checks."""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+
+from squeeze import registry
+from squeeze.recipe_values import LOSSLESS_BITS, VERSION, Calibration, Evaluate
+from squeeze.types import Implementation
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of a recipe file, methods and their parameters included."""
+
+    def method(kind: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+        options = []
+        for name in registry.names(kind):
+            cls = registry.get(kind, name)
+            hints = typing.get_type_hints(cls, include_extras=True)
+            properties: dict[str, Any] = {"method": {"const": name}, **extra}
+            for item in fields(cls):
+                properties[item.name] = _parameter(hints[item.name], item, kind)
+            options.append(
+                {
+                    "type": "object",
+                    "description": registry.info(kind, name).idea,
+                    "properties": properties,
+                    "required": ["method"],
+                    "additionalProperties": False,
+                }
+            )
+        lossless = {
+            "type": "object",
+            "properties": {"bits": {"const": LOSSLESS_BITS}},
+            "required": ["bits"],
+            "additionalProperties": False,
+        }
+        return {"anyOf": [*options, lossless] if kind != "prefill" else options}
+
+    strings = {"type": "array", "items": {"type": "string"}}
+    sides = {}
+    for side in ("keys", "values"):
+        usable = [
+            n for n in registry.names("transform") if side in registry.get("transform", n)().sides
+        ]
+        sides[side] = method("kv", {"transforms": {"type": "array", "items": {"enum": usable}}})
+    layer = {
+        "type": "object",
+        "required": ["match"],
+        "additionalProperties": False,
+        "properties": {
+            "match": {"type": "array", "items": {"type": "integer"}},
+            "keys": {"type": "object"},
+            "values": {"type": "object"},
+        },
+    }
+    count = {"type": "integer", "minimum": 0}
+    kv = {
+        "type": "object",
+        "required": ["keys", "values"],
+        "additionalProperties": False,
+        "properties": {
+            **sides,
+            "sink_tokens": count,
+            "residual_length": count,
+            "layers": {"type": "array", "items": layer},
+        },
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "squeeze recipe",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "version": {"const": VERSION},
+            "weights": {
+                "type": "array",
+                "items": method("weights", {"targets": strings, "ignore": strings}),
+            },
+            "kv_cache": kv,
+            "attention": {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {"prefill": method("prefill", {})},
+            },
+            "implementation": {"enum": [item.value for item in Implementation]},
+            "calibration": _section_schema(Calibration),
+            "evaluate": _section_schema(Evaluate),
+        },
+    }
+
+
+def _parameter(hint: Any, item: Any, kind: str) -> dict[str, Any]:
+    result = TypeAdapter(hint).json_schema()
+    if item.name == "bits" and kind != "prefill":
+        result = {"anyOf": [result, {"const": LOSSLESS_BITS}]}
+    if item.default is not MISSING:
+        result["default"] = json.loads(json.dumps(item.default, default=list))
+    return result
+
+
+def _section_schema(cls: type[BaseModel]) -> dict[str, Any]:
+    return {**cls.model_json_schema(), "additionalProperties": False}

@@ -1,0 +1,151 @@
+"""The sections of a recipe as frozen values; ``recipe`` reads them from files."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from squeeze import registry
+
+VERSION = 1
+LOSSLESS_BITS = 16
+
+
+class Section(BaseModel):
+    """A strict, frozen part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Method(Section):
+    """One method by name with its parameters; ``build`` makes the method object.
+
+    ``bits: 16`` is the lossless setting: the tensor stays as it is and ``build`` returns ``None``.
+    """
+
+    kind: str
+    name: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether this leaves the tensor in the model's own precision."""
+        return self.parameters.get("bits") == LOSSLESS_BITS
+
+    def build(self) -> Any:
+        """Make the method object, or ``None`` when lossless."""
+        if self.lossless:
+            return None
+        known = {f.name for f in fields(registry.get(self.kind, self.name))}
+        kept = {key: value for key, value in self.parameters.items() if key in known}
+        return registry.get(self.kind, self.name)(**kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that the recipe file would hold."""
+        return {"method": self.name, **self.parameters}
+
+
+class WeightRule(Section):
+    """Which modules one weight method applies to; later rules win."""
+
+    method: Method
+    targets: tuple[str, ...] = ("self_attn", "attn", "attention", "mlp", "feed_forward")
+    ignore: tuple[str, ...] = ("lm_head", "embed")
+
+
+class LayerOverride(Section):
+    """KV settings of some layers; negative indices count from the end."""
+
+    match: tuple[int, ...]
+    keys: dict[str, Any] = Field(default_factory=dict)
+    values: dict[str, Any] = Field(default_factory=dict)
+
+
+class KVSide(Section):
+    """Format and transforms of the keys, or of the values."""
+
+    method: Method
+    transforms: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that the recipe file would hold."""
+        result = self.method.to_dict()
+        return {**result, "transforms": list(self.transforms)} if self.transforms else result
+
+
+class KVCache(Section):
+    """How the cache stores keys and values, and how many tokens stay exact."""
+
+    keys: KVSide
+    values: KVSide
+    sink_tokens: int = 4
+    residual_length: int = 128
+    layers: tuple[LayerOverride, ...] = ()
+
+
+class Attention(Section):
+    """Sparse attention policies."""
+
+    prefill: Method | None = None
+
+
+class Calibration(Section):
+    """Text that statistics are measured on."""
+
+    data: str = "books"
+    samples: Annotated[int, Field(ge=1)] = 32
+    length: Annotated[int, Field(ge=16)] = 512
+    seed: int = 0
+
+
+class Evaluate(Section):
+    """What ``run`` measures; counts are at 2048 tokens and shrink at longer lengths."""
+
+    tasks: tuple[str, ...] = ("books_perplexity", "needle")
+    modes: tuple[Literal["decode", "prefill"], ...] = ("decode", "prefill")
+    lengths: tuple[Annotated[int, Field(ge=64)], ...] = (2048, 8192)
+    windows: Annotated[int, Field(ge=1)] = 4
+    facts: Annotated[int, Field(ge=1)] = 24
+    sensitivity: bool = True
+
+
+class Recipe(Section):
+    """A whole recipe; ``origin`` says where it came from, for error messages and reports."""
+
+    name: str = "recipe"
+    origin: str = "recipe"
+    weights: tuple[WeightRule, ...] = ()
+    kv_cache: KVCache | None = None
+    attention: Attention | None = None
+    implementation: str = "auto"
+    calibration: Calibration = Calibration()
+    evaluate: Evaluate = Evaluate()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that ``load`` reads back to an equal recipe."""
+        result: dict[str, Any] = {"version": VERSION}
+        if self.weights:
+            result["weights"] = [
+                {**r.method.to_dict(), "targets": list(r.targets), "ignore": list(r.ignore)}
+                for r in self.weights
+            ]
+        if self.kv_cache:
+            kv = self.kv_cache
+            result["kv_cache"] = {
+                "keys": kv.keys.to_dict(),
+                "values": kv.values.to_dict(),
+                "sink_tokens": kv.sink_tokens,
+                "residual_length": kv.residual_length,
+                "layers": [
+                    {"match": list(o.match), "keys": o.keys, "values": o.values} for o in kv.layers
+                ],
+            }
+        if self.attention and self.attention.prefill:
+            result["attention"] = {"prefill": self.attention.prefill.to_dict()}
+        if self.implementation != "auto":
+            result["implementation"] = self.implementation
+        result["calibration"] = self.calibration.model_dump(mode="json")
+        result["evaluate"] = self.evaluate.model_dump(mode="json")
+        return result
