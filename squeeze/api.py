@@ -354,7 +354,7 @@ def load(path: str | Path, *, device: str | None = None, dtype: Any = None) -> P
         CheckpointError: files are missing, damaged, or of a newer format.
     """
     folder = Path(path)
-    export_module.read_manifest(folder)
+    export_module.verify(folder, content=False)  # the quantizer hashes while it loads
     model = load_model(folder, device=resolve_device(device), dtype=dtype)
     export_module.choose_implementations(model)
     return model

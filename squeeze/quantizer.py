@@ -51,8 +51,10 @@ class SqueezeQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         from squeeze import export
 
-        if checkpoint_files:
-            export.verify(Path(checkpoint_files[0]).parent)
+        folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        # A squeezed model saved again by transformers alone has no manifest to check against.
+        if folder is not None and (folder / export.MANIFEST).is_file():
+            export.verify(folder)
         export.rebuild(model, self.quantization_config)  # type: ignore[arg-type]
         return model
 

@@ -33,6 +33,7 @@ POINTERS = {
 }
 # Keys, values, block length, head size, rows of a tile, dtype.
 CASES = {
+    "tiny": (Affine(4, "token", 32), Affine(4, "token", 32), 32, 32, 16, "bf16"),
     "default": (Affine(4, "channel", 64), Affine(4, "token", 64), 128, 128, 16, "bf16"),
     "wide": (Affine(4, "channel", 128), Affine(4, "token", 128), 128, 128, 16, "bf16"),
     "short": (Affine(4, "channel", 64), Affine(4, "token", 64), 64, 64, 16, "bf16"),
@@ -41,7 +42,6 @@ CASES = {
     "eight": (Affine(8, "channel", 64), Affine(8, "token", 64, True), 128, 128, 16, "bf16"),
     "swapped": (Affine(4, "token", 32), Affine(4, "channel", 32), 128, 128, 16, "fp16"),
     "raw": (RawBlocks(), Affine(2, "token", 32), 64, 128, 64, "bf16"),
-    "full": (Affine(4, "channel", 64), RawBlocks(), 128, 128, 16, "fp32"),
 }
 
 
@@ -81,6 +81,19 @@ def compile_case(case, capability, warps=None):
     return {"warps": warps, "shared": compiled.metadata.shared} | inspect(compiled.asm["cubin"])
 
 
+def compile_merge(capability):
+    """Compile the second kernel for heads of 80 and 17 splits."""
+    names = kernel._merge.arg_names
+    constants = {"D": 80, "SPLITS": 16, "ALL": 32, "WIDTH": 64, "CHUNK": 16, "SPLIT_OUTPUT": True}
+    source = ASTSource(
+        kernel._merge,
+        {name: "constexpr" if name in constants else "*fp32" for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    return {"shared": compiled.metadata.shared} | inspect(compiled.asm["cubin"])
+
+
 def inspect(cubin):
     """Read registers and stack bytes from the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -95,5 +108,7 @@ def inspect(cubin):
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         name, capability = argument.split(":")
-        result = compile_case(CASES[name], int(capability))
-        print(json.dumps({"case": name, "capability": int(capability)} | result), flush=True)
+        merge = name == "merge"
+        target = int(capability)
+        result = compile_merge(target) if merge else compile_case(CASES[name], target)
+        print(json.dumps({"case": name, "capability": target} | result), flush=True)

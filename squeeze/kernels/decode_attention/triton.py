@@ -349,10 +349,10 @@ def _merge(
     for start in range(1, SPLITS + 1, CHUNK):
         part = start + tl.arange(0, CHUNK)
         there = part <= SPLITS
-        local = tl.load(maxima + base + part, mask=there, other=float("-inf"))
+        highest = tl.load(maxima + base + part, mask=there, other=float("-inf"))
         places = (base + part)[:, None] * D + column[None, :]
         tile = tl.load(partial + places, mask=there[:, None] & inside[None, :], other=0.0)
-        packed += tl.sum(tile * tl.exp2(local - finite)[:, None], 0)
+        packed += tl.sum(tile * tl.exp2(highest - finite)[:, None], 0)
     packed /= divisor
     if SPLIT_OUTPUT:
         tl.store(packed_output + row * D + column, packed, mask=inside)
@@ -526,7 +526,8 @@ def _splits(device: torch.device, programs: int, max_blocks: int, length: int) -
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         wanted = processors * PROGRAMS_PER_SM
     longest = triton.cdiv(max_blocks * length, TOKENS_PER_SPLIT)
-    return min(max(wanted // programs, 1), longest, MAX_SPLITS)
+    # The exact slots take one program too; one too many would run alone, after all others.
+    return min(max(wanted // programs - 1, 1), longest, MAX_SPLITS)
 
 
 def _check(dense: list[Tensor], shift: Tensor | None) -> None:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 CHUNK = 1 << 18  # nodes searched together, so that the working set stays in a processor's cache
 EQUAL = 1e-13  # difference of gains, as a share of the variance, that is rounding
-WIDE = 2  # sweeps over all starts before close ones are tried first
-REACH = 3
 TRIALS = 64  # penalties after which neighbouring optima are taken to tie
 
 
@@ -133,11 +131,14 @@ def _round(search: _Search, clusters: int) -> tuple[_Search, Tensor, Tensor]:
     moved = guess * share.pow(3).clamp(0.2, 5.0)
     penalty = torch.where(early & ~fresh, moved, guess)
     score = gain - penalty.unsqueeze(1) * count
-    search = replace(search, penalty=penalty)
-    previous, stuck = _improve(search, score)
+    best, start = _row_maxima(search.weight, search.moment, score)
+    better = best - penalty.unsqueeze(1) > score + EQUAL
+    better[:, 0] = False
+    stuck = ~better.any(1)
     search = replace(
         search,
-        previous=previous,
+        previous=torch.where(better, start, search.previous),
+        penalty=penalty,
         rounds=search.rounds + 1,
         trials=search.trials + stuck,
     )
@@ -185,83 +186,6 @@ def _value(search: _Search) -> tuple[Tensor, Tensor]:
         count = count + count.gather(1, start)
         start = start.gather(1, start)
     return gain, count
-
-
-def _improve(search: _Search, score: Tensor) -> tuple[Tensor, Tensor]:
-    """Move edge starts where that raises the score of their end; say which rows cannot improve.
-
-    The first sweeps look everywhere. Then close starts are tried, and once they bring nothing the
-    policy is checked, which is cheap, and only policies that fail the check are swept again.
-    """
-    previous = search.previous.clone()
-    wide = search.rounds < WIDE
-    near = (~wide).nonzero().flatten()
-    if len(near):
-        local, moved = _nearby(search.keep(near), score[near])
-        previous[near] = local
-        rest = near[~moved]
-        wide[rest] = ~_is_optimal(search.keep(rest), score[rest])
-        stuck = torch.zeros_like(wide)
-        stuck[rest] = ~wide[rest]
-    else:
-        stuck = torch.zeros_like(wide)
-    rows = wide.nonzero().flatten()
-    if len(rows):
-        best, start = _row_maxima(search.weight[rows], search.moment[rows], score[rows])
-        better = best - search.penalty[rows].unsqueeze(1) > score[rows] + EQUAL
-        better[:, 0] = False
-        previous[rows] = torch.where(better, start, search.previous[rows])
-        stuck[rows] = ~better.any(1)
-    return previous, stuck
-
-
-def _nearby(search: _Search, score: Tensor) -> tuple[Tensor, Tensor]:
-    """Try starts up to ``REACH`` nodes to either side of each edge's own."""
-    nodes = torch.arange(score.shape[1], device=score.device)
-    floor = score + search.penalty.unsqueeze(1)
-    best, previous = floor + EQUAL, search.previous
-    for step in (*range(-REACH, 0), *range(1, REACH + 1)):
-        start = (search.previous + step).clamp(min=0).minimum((nodes - 1).clamp(min=0))
-        value = _through(search, score, start, nodes.expand_as(start))
-        better = value > best
-        best, previous = torch.where(better, value, best), torch.where(better, start, previous)
-    previous[:, 0] = 0
-    return previous, (previous != search.previous).any(1)
-
-
-def _is_optimal(search: _Search, score: Tensor) -> Tensor:
-    """Prove that no edge improves any score, with three gains per node.
-
-    Between the columns (starts) that a monotone policy uses, column i can only be better than the
-    policy at the row where the policy passes from starts up to i to starts above i, or at the row
-    before: by the Monge condition it loses to the lower start further left and to the upper one
-    further right. Used columns must not be better one row before their first.
-    """
-    nodes = torch.arange(score.shape[1], device=score.device).expand_as(score)
-    last = score.shape[1] - 1
-    previous = search.previous
-    ordered = (previous.diff() >= 0).all(1)
-    limit = score + search.penalty.unsqueeze(1) + EQUAL
-    uses = torch.zeros_like(previous).scatter_add_(1, previous, torch.ones_like(previous))
-    turn = uses.cumsum(1)  # first row whose start is above i
-    fine = ordered
-    for start, end in (
-        (nodes, turn - 1),
-        (nodes, turn),
-        (previous.roll(-1, 1), nodes),
-    ):
-        exists = (start < end) & (end <= last)
-        row = end.clamp(max=last)
-        value = _through(search, score, start, row)
-        fine = fine & ~(exists & (value > limit.gather(1, row))).any(1)
-    return fine
-
-
-def _through(search: _Search, score: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Score of ``start`` plus the gain of the edge to ``end``, both ``[P, m]`` node numbers."""
-    step = search.moment.gather(1, end) - search.moment.gather(1, start)
-    span = search.weight.gather(1, end) - search.weight.gather(1, start)
-    return torch.where(span > 0, step.square() / span, 0.0) + score.gather(1, start)
 
 
 def _row_maxima(weight: Tensor, moment: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:

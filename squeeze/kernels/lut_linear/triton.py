@@ -53,9 +53,9 @@ _ASM1, _ASM2, _ASM4 = _ASM[1], _ASM[2], _ASM[4]
 def _plane(words, u, c, mask, WIDTH: tl.constexpr):
     """Nibbles n = the field of value 4 n + c in a plane of WIDTH bits; ``words`` [BN, BJ]."""
     word = tl.load(words + (c % WIDTH) * u, mask=mask, other=0)
-    if WIDTH == 4:
-        return word
-    return (word >> ((c // WIDTH) * WIDTH)) & (0x11111111 * (2**WIDTH - 1))
+    if WIDTH < 4:
+        word = (word >> ((c // WIDTH) * WIDTH)) & (0x11111111 * (2**WIDTH - 1))
+    return word
 
 
 @triton.jit

@@ -1,0 +1,161 @@
+"""The clustered linear layer: every layout by the reference, the kernels against float64."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from squeeze.errors import DeviceError
+from squeeze.kernels.bits import pack
+from squeeze.kernels.lut_linear.api import lut_linear, reconstruct
+from squeeze.types import ClusteredWeight, Implementation
+
+pytest.importorskip("triton")
+needs_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the interpreter"
+)
+SHARING = {"row": (1, None), "rows": (4, None), "tensor": (None, None), "tile": (8, 64)}
+
+
+def clustered(out_features, in_features, bits, sharing="row", entries="int8", device="cpu"):
+    """A random packed weight and its indices."""
+    rows, columns = SHARING[sharing]
+    rows, columns = rows or out_features, columns or in_features
+    codes = torch.randint(0, 2**bits, (out_features, -(-in_features // 32) * 32))
+    groups = (-(-out_features // rows), -(-in_features // columns), 2**bits)
+    if entries == "int8":
+        codebook = torch.randint(-127, 128, groups, dtype=torch.int8).sort(-1).values
+        scale = (torch.rand(out_features) * 1e-3 + 1e-4).half()
+    else:
+        codebook, scale = (torch.randn(groups) * 0.05).half().sort(-1).values, None
+    weight = ClusteredWeight(
+        pack(codes, bits).to(device), codebook.to(device), None if scale is None else
+        scale.to(device), bits, (out_features, in_features), rows, columns,
+    )  # fmt: skip
+    return weight, codes[:, :in_features]
+
+
+def guarded(tensor):
+    """The same values as a non-contiguous slice of a buffer full of NaN."""
+    buffer = torch.full((tensor.shape[0] + 2, tensor.shape[1] + 7), torch.nan, dtype=tensor.dtype)
+    view = buffer.to(tensor.device)[1:-1, 3:-4]
+    view.copy_(tensor)
+    return view
+
+
+def assert_close(actual, x, weight, bias):
+    """At most twice the reference's error to float64, plus one rounding of the output."""
+    dense = reconstruct(weight).double()
+    oracle = x.double() @ dense.T + bias.double()
+    reference = lut_linear(x, weight, bias).double()
+    band = torch.finfo(x.dtype).eps * oracle.abs().max()
+    allowed = 2 * (reference - oracle).abs().max() + band
+    worst = (actual.double() - oracle).abs().max()
+    assert worst <= allowed, f"{worst} > {allowed} for x {tuple(x.shape)}, {weight.shape}"
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("entries", ["int8", "float16"])
+def test_reconstruct_looks_up_every_index(bits, sharing, entries):
+    weight, codes = clustered(13, 100, bits, sharing, entries)
+    dense = reconstruct(weight)
+    for row, column in [(0, 0), (12, 99), (7, 64), (8, 63), (5, 31)]:
+        entry = weight.codebook[row // weight.rows, column // weight.columns, codes[row, column]]
+        scale = 1.0 if weight.scale is None else weight.scale[row].float()
+        assert dense[row, column] == entry.float() * scale
+
+
+def test_reference_multiplies_in_the_dtype_of_x():
+    weight, _ = clustered(6, 40, 4)
+    x, bias = torch.randn(2, 3, 40).bfloat16(), torch.randn(6)
+    y = lut_linear(x, weight, bias)
+    assert y.dtype == torch.bfloat16
+    dense = reconstruct(weight).bfloat16()
+    assert torch.equal(y, torch.nn.functional.linear(x, dense, bias.bfloat16()))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("rows", "bits", "sharing", "entries", "dtype"),
+    [
+        (1, 1, "row", "int8", torch.float16),
+        (1, 3, "tile", "int8", torch.float32),
+        (3, 2, "rows", "float16", torch.float16),
+        (1, 5, "tensor", "float16", torch.float32),
+        (2, 7, "rows", "int8", torch.float16),
+        (5, 3, "row", "int8", torch.float16),
+        (5, 8, "tensor", "int8", torch.float32),
+        (17, 4, "tile", "int8", torch.float16),
+        (6, 6, "rows", "float16", torch.float32),
+        (257, 4, "row", "int8", torch.float32),
+        (257, 3, "tile", "float16", torch.float16),
+    ],
+)
+def test_kernels_match_float64(rows, bits, sharing, entries, dtype):
+    weight, _ = clustered(13, 72, bits, sharing, entries)
+    x, bias = guarded(torch.randn(rows, 72).to(dtype)), torch.randn(13).to(dtype)
+    y = lut_linear(x, weight, bias, implementation=Implementation.TRITON)
+    assert y.dtype == dtype
+    assert_close(y, x, weight, bias)
+
+
+@needs_interpreter
+def test_kernel_keeps_leading_dimensions_and_takes_no_rows():
+    weight, _ = clustered(5, 32, 2)
+    x = torch.randn(2, 1, 32)
+    y = lut_linear(x, weight, implementation=Implementation.TRITON)
+    torch.testing.assert_close(y, lut_linear(x, weight))
+    empty = lut_linear(x[:0], weight, implementation=Implementation.TRITON)
+    assert empty.shape == (0, 1, 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("entries", ["int8", "float16"])
+@pytest.mark.parametrize("rows", [1, 3, 16, 100, 300])
+def test_kernels_match_float64_on_the_gpu(rows, bits, sharing, entries):
+    weight, _ = clustered(333, 1000, bits, sharing, entries, device="cuda")
+    x = guarded(torch.randn(rows, 1000, device="cuda").bfloat16())
+    bias = torch.randn(333, device="cuda").bfloat16()
+    y = lut_linear(x, weight, bias, implementation=Implementation.TRITON)
+    assert_close(y, x, weight, bias)
+
+
+def test_kernels_compile_without_spills():
+    script = Path(__file__).with_name("compile_lut_linear.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(script.parents[2])
+    command = [sys.executable, str(script), "80", "90", "100"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for facts in json.loads(done.stdout.splitlines()[-1]):
+        assert facts["stack"] == 0, facts
+        assert (facts["lookups"] > 0) == facts["packed"], facts
+
+
+def test_triton_needs_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    weight, _ = clustered(4, 32, 4)
+    with pytest.raises(DeviceError, match=r"device cpu.*CUDA device.*reference"):
+        lut_linear(torch.randn(1, 32), weight, implementation=Implementation.TRITON)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(1, 31)}, "channels"),
+        ({"bias": torch.randn(3)}, "bias is"),
+        ({"implementation": Implementation.AUTO}, "while planning"),
+    ],
+)
+def test_refuses(change, message):
+    weight, _ = clustered(4, 32, 4)
+    call = {"x": torch.randn(1, 32), "weight": weight, "bias": None} | change
+    with pytest.raises(ValueError, match=message):
+        lut_linear(**call)
