@@ -241,6 +241,7 @@ class _Run:
             for sample, source in enumerate(inputs.pop()):
                 hidden = source.detach().requires_grad_(True)
                 calls[sample][index].run(runner, hidden).backward(grads[sample])
+                assert hidden.grad is not None
                 grads[sample] = hidden.grad
                 for name, linear in linears.items():
                     if linear.weight.grad is not None:

@@ -22,6 +22,8 @@ from squeeze.recipe import KVSide, Method, Recipe, WeightRule, layer_sides
 from squeeze.types import Implementation
 
 DENSE_BITS = 16.0
+# Tokens of a cache block unless the recipe says otherwise: what the decode kernel reads best.
+BLOCK_LENGTH = 128
 # Tables that do not grow with tokens are spread over this many, at batch 1.
 AMORTISED_TOKENS = 32768
 
@@ -334,13 +336,27 @@ def _kv_cache(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable[
             keys=keys.to_dict(),
             values=values.to_dict(),
             implementation=implementation,
-            block_length=max(f.block_length for f in formats),
+            block_length=_block_length(recipe, formats),
             key_bits=formats[0].bits_per_value(item.head_dim),
             value_bits=formats[1].bits_per_value(item.head_dim),
             constant_bytes=sum(f.constant_bytes(item.kv_heads, item.head_dim) for f in formats)
             + sum(_transform_bytes(side, item) for side in (keys, values)),
             **common,
         )
+
+
+def _block_length(recipe: Recipe, formats: list[Any]) -> int:
+    assert recipe.kv_cache is not None
+    length = recipe.kv_cache.block_length or max(BLOCK_LENGTH, *(f.block_length for f in formats))
+    for made in formats:
+        if length % made.block_length:
+            raise RecipeError(
+                f"{recipe.origin}: kv_cache.block_length",
+                f"{length} tokens hold no whole number of groups of {made.block_length}",
+                f"a multiple of {made.block_length}",
+                "Change block_length or group_size",
+            )
+    return length
 
 
 def _all_lossless(recipe: Recipe, info: ModelInfo) -> bool:

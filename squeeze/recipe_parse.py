@@ -155,16 +155,20 @@ class Parser:
         sides = {
             side: self.kv_side(raw[side], side, f"kv_cache.{side}") for side in ("keys", "values")
         }
-        for key in ("sink_tokens", "residual_length"):
-            value = raw.get(key, 0)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        counts = {
+            key: raw[key]
+            for key in ("sink_tokens", "residual_length", "block_length")
+            if raw.get(key) is not None
+        }
+        for key, value in counts.items():
+            least = 32 if key == "block_length" else 0
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise self.error(
                     f"kv_cache.{key}",
                     f"got {value!r}",
-                    "an integer of at least 0",
-                    "It counts tokens kept exact",
+                    f"an integer of at least {least}",
+                    "It counts tokens",
                 )
-        counts = {key: raw[key] for key in ("sink_tokens", "residual_length") if key in raw}
         overrides = raw.get("layers") or []
         if not isinstance(overrides, list):
             raise self.error(

@@ -69,6 +69,7 @@ def schema() -> dict[str, Any]:
             **sides,
             "sink_tokens": count,
             "residual_length": count,
+            "block_length": {"type": ["integer", "null"], "minimum": 32},
             "layers": {"type": "array", "items": layer},
         },
     }

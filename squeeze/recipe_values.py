@@ -82,6 +82,7 @@ class KVCache(Section):
     values: KVSide
     sink_tokens: int = 4
     residual_length: int = 128
+    block_length: int | None = None
     layers: tuple[LayerOverride, ...] = ()
 
 
@@ -138,6 +139,7 @@ class Recipe(Section):
                 "values": kv.values.to_dict(),
                 "sink_tokens": kv.sink_tokens,
                 "residual_length": kv.residual_length,
+                "block_length": kv.block_length,
                 "layers": [
                     {"match": list(o.match), "keys": o.keys, "values": o.values} for o in kv.layers
                 ],

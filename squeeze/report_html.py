@@ -111,7 +111,8 @@ def sensitivity_charts(rows: Iterable[Mapping[str, Any]]) -> str:
     parts: dict[str, dict[float, dict[int, float]]] = {}
     for row in rows:
         widths = parts.setdefault(str(row["part"]).replace("_", " "), {})
-        widths.setdefault(round(float(row["bits"]), 2), {})[int(row["layer"])] = float(row["loss_increase"])
+        costs = widths.setdefault(round(float(row["bits"]), 2), {})
+        costs[int(row["layer"])] = float(row["loss_increase"])
     return "".join(_sensitivity_chart(part, widths) for part, widths in parts.items())
 
 

@@ -72,7 +72,7 @@ def test_a_dropped_file_is_found_by_ls_plan_and_run(halves: str) -> None:
     assert "halves" in json.dumps(json.loads(listed.output))
     recipe = {
         "kv_cache": {
-            "keys": {"method": halves}, "values": {"method": halves}, "residual_length": 8
+            "keys": {"method": halves}, "values": {"method": halves}, "residual_length": 8, "block_length": 32
         }
     }
     model = tiny.model("llama")

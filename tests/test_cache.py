@@ -20,6 +20,7 @@ RECIPE = {
         "values": {"method": "affine", "bits": 4, "granularity": "token", "group_size": 16},
         "sink_tokens": 2,
         "residual_length": 5,
+        "block_length": 32,
     }
 }
 

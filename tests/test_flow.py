@@ -26,6 +26,7 @@ RECIPE = {
         "keys": {"method": "affine", "group_size": 16, "transforms": ["center"]},
         "values": {"method": "affine", "group_size": 16, "transforms": ["hadamard"]},
         "residual_length": 8,
+        "block_length": 32,
     },
     "calibration": {"samples": 4, "length": 32},
 }

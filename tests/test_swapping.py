@@ -24,6 +24,7 @@ RECIPE = {
         "values": {"method": "affine", "group_size": 16},
         "sink_tokens": 2,
         "residual_length": 8,
+        "block_length": 32,
     },
     "attention": {"prefill": {"method": "streaming", "window_size": 64, "min_length": 128}},
 }

@@ -60,14 +60,14 @@ class _Bars:
 
 
 class _Lines:
-    """One line when a stage is finished, for logs and pipes."""
+    """One line when a stage is finished, for logs and pipes; stages follow one another."""
 
     def __init__(self) -> None:
-        self.started: dict[str, float] = {}
+        self.started = time.perf_counter()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        started = self.started.setdefault(stage, time.perf_counter())
-        if done >= total:
-            seconds = time.perf_counter() - started
-            print(f"{stage}: {done}/{total}, {seconds:.1f} s", file=sys.stderr, flush=True)
-            del self.started[stage]
+        if done < total:
+            return
+        now = time.perf_counter()
+        print(f"{stage}: {total}/{total}, {now - self.started:.1f} s", file=sys.stderr, flush=True)
+        self.started = now

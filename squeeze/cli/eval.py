@@ -47,29 +47,25 @@ def command(
     from squeeze.cli._output import emit, note
     from squeeze.cli._progress import progress
 
-    settings = {"tasks": [task.strip() for task in tasks.split(",")], "mode": mode}
+    settings: dict[str, Any] = {"tasks": [task.strip() for task in tasks.split(",")], "mode": mode}
     settings |= {"limit": limit, "length": length, "seed": seed or 0}
+    source: str | None = dense or model
+    if not recipe:
+        source, reason = dense_source(model, dense, loading["trust_remote_code"])
+        if reason:
+            note(reason)
     results = {}
     with progress(quiet) as tell:
-        if is_squeezed(model) or recipe:
-            reason = None
-            source = dense or model
-            if not recipe:
-                source, reason = dense_source(model, dense, loading["trust_remote_code"])
-            if reason:
-                note(reason)
-            if source:
-                results["dense"] = api.evaluate(
-                    *open_model(source, **loading), progress=tell, **settings
-                )
+        settings["progress"] = tell
+        if source:
+            results["dense"] = api.evaluate(*open_model(source, **loading), **settings)
         if recipe:
-            loading |= {"overrides": list(overrides), "seed": seed}
-            made = api.run(recipe, model, evaluate=False, progress=tell, **loading)
-            opened = made.model, made.tokenizer
+            changed = {"overrides": list(overrides), "seed": seed, "progress": tell, **loading}
+            made = api.run(recipe, model, evaluate=False, **changed)
+            results["squeezed"] = api.evaluate(made.model, made.tokenizer, **settings)
         else:
-            opened = open_model(model, **loading)
-        name = "squeezed" if recipe or is_squeezed(model) else "model"
-        results[name] = api.evaluate(*opened, progress=tell, **settings)
+            name = "squeezed" if is_squeezed(model) else "model"
+            results[name] = api.evaluate(*open_model(model, **loading), **settings)
     emit(results, _table(results), as_json)
 
 

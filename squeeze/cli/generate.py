@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _text(prompt: str | None, path: str | None) -> str:
     if prompt is not None:
         return prompt
     if path == "-":
-        return click.get_text_stream("stdin").read()
+        return sys.stdin.read()
     assert path is not None
     try:
         return Path(path).read_text(encoding="utf-8")

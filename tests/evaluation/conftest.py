@@ -12,7 +12,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def trained():
-    """The embedded model in float32, which is the faster dtype on most CPUs."""
+    """The embedded model in float32, so that modes agree to rounding."""
     return AutoModelForCausalLM.from_pretrained(reference.path(), dtype=torch.float32)
 
 

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from squeeze.kernels.lut_linear import triton as kernel
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-POINTERS = {name: "*bf16" for name in ("x", "y", "bias", "dense")} | {
+POINTERS = dict.fromkeys(("x", "y", "bias", "dense"), "*bf16") | {
     "indices": "*i32",
     "scale": "*fp16",
 }
@@ -57,19 +57,17 @@ def usage(compiled):
 
 def main():
     """Compile what the launchers choose for a 4096-wide layer, for each capability given."""
-    wide = {"BN": 64, "BJ": 64}
+    wide = {"BN": 64, "BJ": 32}
+    every = [("vector", {"bits": 4}), ("matrix", {"bits": 4, **wide}), ("dense", {"bits": 3})]
+    more = [
+        ("vector", {"bits": 3, "M": 4, "BN": 8}),
+        ("matrix", {"bits": 3, "BM": 64, **wide}),
+        ("matrix", {"bits": 6, "registers": False, **wide}),
+        ("vector", {"bits": 3, "registers": False, "BLOCKS": 64, "COLUMNS": 64, "BN": 8}),
+    ]
     rows = []
     for capability in map(int, sys.argv[1:]):
-        for name, options in (
-            ("vector", {"bits": 4}),
-            ("vector", {"bits": 3}),
-            ("matrix", {"bits": 4, **wide}),
-            ("matrix", {"bits": 3, "BM": 64, **wide}),
-            ("matrix", {"bits": 6, "registers": False, **wide}),
-            ("dense", {"bits": 2}),
-            ("vector", {"bits": 3, "registers": False, "BLOCKS": 64, "COLUMNS": 64}),
-            ("dense", {"bits": 8, "registers": False, "codebook": "*fp16"}),
-        ):
+        for name, options in every + (more if capability == 90 else []):
             compiled = build(name, capability, **options)
             facts = {"kernel": name, "capability": capability, **options, **usage(compiled)}
             facts["packed"] = options.get("registers", True)

@@ -139,7 +139,8 @@ def _gather(codebook, base, low, high, column, mask, n: tl.constexpr, BLOCKS: tl
 @triton.jit
 def _vector_kernel(
     x, indices, codebook, scale, bias, y, out_features, in_features, x_stride,
-    u: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+    u: tl.constexpr, M: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
     BITS: tl.constexpr, REGISTERS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
     BN: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +191,8 @@ def _vector_kernel(
 @triton.jit
 def _matrix_kernel(
     x, indices, codebook, scale, bias, y, m_total, out_features, in_features, x_stride,
-    u: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr,
+    u: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+    BITS: tl.constexpr,
     REGISTERS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, DOT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -241,7 +243,8 @@ def _matrix_kernel(
 @triton.jit
 def _dense_kernel(
     indices, codebook, scale, dense, out_features, in_features,
-    u: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr,
+    u: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+    BITS: tl.constexpr,
     REGISTERS: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """dense[o, i] = scale[o] entry(o, i), one program per [BN, BJ] words of each plane."""
@@ -313,7 +316,7 @@ def _vector(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tensor:
     y = x.new_empty(len(x), out_features)
     meta = _meta(weight)
     u, bj = meta.pop("u"), meta.pop("BJ")
-    bn = 16 if out_features >= 8192 else 8
+    bn = 16 if out_features >= 8192 and len(x) == 1 else 8  # more would spill
     _vector_kernel[(triton.cdiv(out_features, bn),)](
         x, weight.indices, weight.codebook, weight.scale, bias, y,
         out_features, in_features, x.stride(0),
@@ -331,7 +334,7 @@ def _matrix(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tensor:
     bn = 64
     meta = _meta(weight)
     u = meta.pop("u")
-    bj = min(64, meta.pop("BJ"))
+    bj = min(32, meta.pop("BJ"))  # eight decoded tiles of 64 x 32 fill half the registers
     tiles = triton.cdiv(out_features, bn) * triton.cdiv(rows, bm)
     split = min(8, max(1, TARGET_PROGRAMS // tiles), triton.cdiv(u, bj) * 4)
     whole = split == 1
@@ -339,8 +342,8 @@ def _matrix(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tensor:
     _matrix_kernel[(triton.cdiv(out_features, bn), triton.cdiv(rows, bm), split)](
         x, weight.indices, weight.codebook, weight.scale, bias, y,
         rows, out_features, in_features, x.stride(0),
-        u=u, **meta, SCALED=weight.scale is not None, BIASED=bias is not None, DOT=_dot_dtype(x.dtype),
-        BM=bm, BN=bn, BJ=bj, SPLIT=split, num_warps=4, num_stages=2,
+        u=u, **meta, SCALED=weight.scale is not None, BIASED=bias is not None,
+        DOT=_dot_dtype(x.dtype), BM=bm, BN=bn, BJ=bj, SPLIT=split, num_warps=4, num_stages=2,
     )  # fmt: skip
     if whole:
         return y[0]

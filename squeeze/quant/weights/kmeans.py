@@ -195,12 +195,12 @@ def _fit_scaled(values: Tensor, mass: Tensor, clusters: int) -> tuple[Tensor, Te
         indices uint8 ``[G, B, rows, columns]``, entries int8 ``[G, B, K]``, and the scale float16
         ``[G, B, rows]``, equal for all B (a row has one scale).
     """
-    scale = _float16(values.abs().amax(dim=(1, 3)) / LIMIT)[:, None, :, None]
+    scale = _representable(values.abs().amax(dim=(1, 3)) / LIMIT)[:, None, :, None]
     units = mass * scale.square()
     centroids = _cluster(values / scale, units, clusters)
     indices = _assign(values / scale, centroids)
     factor = _best_factor(centroids, _per_code(units, indices, clusters))
-    scale = _float16(scale * factor[:, :, None, None])
+    scale = _representable(scale * factor[:, :, None, None])
     entries = _round(centroids / factor[..., None])
     indices = _assign(values / scale, entries)
     best = _error(values, mass, scale, entries, indices)
@@ -208,7 +208,7 @@ def _fit_scaled(values: Tensor, mass: Tensor, clusters: int) -> tuple[Tensor, Te
         decoded = _decode(entries, indices)
         ratio = (mass * values * decoded).sum((1, 3), keepdim=True)
         power = (mass * decoded.square()).sum((1, 3), keepdim=True)
-        trial_scale = _float16(torch.where(ratio > 0, ratio / power, scale))
+        trial_scale = _representable(torch.where(ratio > 0, ratio / power, scale))
         units = mass * trial_scale.square()
         weight = _per_code(units, indices, clusters)
         moment = _per_code(units * values / trial_scale, indices, clusters)
@@ -262,6 +262,9 @@ def _round(entries: Tensor) -> Tensor:
     return entries.round().clamp(-LIMIT, LIMIT)
 
 
-def _float16(scale: Tensor) -> Tensor:
-    """Round to float16, at least its smallest positive value, kept in float32."""
-    return scale.clamp(2.0**-24, 65504.0).half().float()
+def _representable(scale: Tensor) -> Tensor:
+    """Round to what float16 and bfloat16 both hold, at least 2**-24, kept in float32.
+
+    Both, so that formats which keep scales in the model's dtype carry the same weights.
+    """
+    return scale.clamp(2.0**-24, 65000.0).bfloat16().half().float()

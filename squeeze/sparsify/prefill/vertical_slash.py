@@ -36,7 +36,7 @@ class VerticalSlash:
         stride: Distance between the queries of a pass, in tokens.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
-    Cost: one product of sampled queries and keys; 12 * last_queries * T bytes per head while
+    Cost: 1 + passes products of last_queries x T per head; 12 * last_queries * T bytes a head while
         estimating; the index takes at most 4 * T / block_size * (verticals + slashes / block_size)
         bytes per head.
     Source: Jiang et al. 2024, https://arxiv.org/abs/2407.02490, section 3.2 and appendix C.
@@ -47,8 +47,8 @@ class VerticalSlash:
         offline); block 0 is always read and takes no column, in place of 30 forced columns.
     """
 
-    verticals: Annotated[int, Ge(0)] = 2500
-    slashes: Annotated[int, Ge(0)] = 1500
+    verticals: Annotated[int, Ge(0)] = 3000
+    slashes: Annotated[int, Ge(0)] = 1600
     window_size: Annotated[int, Ge(1)] = 100
     last_queries: Annotated[int, Ge(1)] = 64
     passes: Annotated[int, Ge(0)] = 4
