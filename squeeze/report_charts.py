@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-LEFT, RIGHT, TOP, BOTTOM = 62, 18, 28, 46  # room for labels and axis names, in pixels
+LEFT, RIGHT, TOP, BOTTOM = 80, 18, 28, 46  # room for labels and axis names, in pixels
 SERIES = 4  # shades that the style sheet has for series of bars
 
 
