@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 Tensors: TypeAlias = dict[str, Tensor]
 
 
-class Implementation(str, Enum):
+class Implementation(StrEnum):
     """Which code computes an op. ``auto`` is resolved while planning and never at run time."""
 
     AUTO = "auto"

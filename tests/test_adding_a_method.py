@@ -58,9 +58,7 @@ class Halves:
 @pytest.fixture
 def halves(tmp_path: Path, monkeypatch):
     (tmp_path / "halves.py").write_text(SOURCE)
-    monkeypatch.setattr(
-        squeeze.quant.kv, "__path__", [*squeeze.quant.kv.__path__, str(tmp_path)]
-    )
+    monkeypatch.setattr(squeeze.quant.kv, "__path__", [*squeeze.quant.kv.__path__, str(tmp_path)])
     yield "halves"
     sys.modules.pop("squeeze.quant.kv.halves", None)
 
@@ -72,7 +70,10 @@ def test_a_dropped_file_is_found_by_ls_plan_and_run(halves: str) -> None:
     assert "halves" in json.dumps(json.loads(listed.output))
     recipe = {
         "kv_cache": {
-            "keys": {"method": halves}, "values": {"method": halves}, "residual_length": 8, "block_length": 32
+            "keys": {"method": halves},
+            "values": {"method": halves},
+            "residual_length": 8,
+            "block_length": 32,
         }
     }
     model = tiny.model("llama")

@@ -256,8 +256,13 @@ def only(artifacts: Artifacts, part: str, layer: int) -> Artifacts | None:
     """Cut artifacts down to one layer's weights or cache; ``None`` when nothing is left."""
     plan = artifacts.plan
     weights = tuple(r for r in plan.weights if part == "weights" and layer_of(r.module) == layer)
-    caches = tuple(r for r in plan.kv_cache if part == "kv_cache" and r.layer == layer and r.keys)
-    if not weights and not caches:
+    # Every layer keeps its row, so that the attention function finds each layer's state.
+    caches = tuple(
+        row if row.layer == layer else replace(row, keys=None, values=None)
+        for row in plan.kv_cache
+        if part == "kv_cache"
+    )
+    if not weights and not any(row.keys for row in caches):
         return None
     smaller = replace(plan, weights=weights, kv_cache=caches, prefill=())
     return Artifacts(
@@ -270,4 +275,5 @@ def _bits(artifacts: Artifacts) -> float:
     if plan.weights:
         count = sum(row.shape[0] * row.shape[1] for row in plan.weights)
         return 8 * sum(row.bytes_after for row in plan.weights) / count
-    return (plan.kv_cache[0].key_bits + plan.kv_cache[0].value_bits) / 2
+    row = next(row for row in plan.kv_cache if row.keys)
+    return (row.key_bits + row.value_bits) / 2

@@ -226,10 +226,11 @@ def within_budget(output, lse, arguments, case, band_dtype):
         ("output", output, reference, oracle),
         ("lse", lse, reference_lse, oracle_lse),
     ):
-        seen = oracle_lse.isfinite()
+        got, own, truth = (x.double().cpu() for x in (got, own, truth))
+        seen = oracle_lse.isfinite().cpu()
         assert not got.isnan().any()
-        error = (got.double() - truth)[seen].abs()
-        budget = 2 * (own.double() - truth)[seen].abs().max() + bands[name]
+        error = (got - truth)[seen].abs()
+        budget = 2 * (own - truth)[seen].abs().max() + bands[name]
         where = int(error.argmax())
         message = f"{name}: max {error.max():.3e} mean {error.mean():.3e} at {where}, "
         assert error.max() <= budget, message + f"budget {budget:.3e}, {case}"
