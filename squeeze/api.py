@@ -160,16 +160,9 @@ def run(
     needs_text = bool(made.statistics) or evaluate or target is not None or not given
     if tokenizer is None and needs_text:
         tokenizer = load_tokenizer(info.source if given else model, trust_remote_code)  # type: ignore[arg-type]
-    loaded: Any = (
-        model
-        if given
-        else load_model(
-            model,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,  # type: ignore[arg-type]
-        )
-    )
+    loaded: Any = model
+    if not isinstance(model, nn.Module):
+        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     with _workplace(target, parsed, info, made) as work:
         stats = _calibrate(loaded, tokenizer, parsed, made, work, progress)
         artifacts = compress(
@@ -424,7 +417,10 @@ def inspect_model(
     loaded: Any = model
     if not isinstance(model, nn.Module):
         loaded = load_model(
-            model, device=resolve_device(device), dtype=dtype, trust_remote_code=trust_remote_code
+            model,
+            device=resolve_device(device),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
         )
     if tokenizer is None:
         source = loaded.config._name_or_path if isinstance(model, nn.Module) else model

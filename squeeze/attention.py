@@ -184,7 +184,7 @@ def attention(
         output = _sparse(state, query, keys, values, scale, softcap)
         result: tuple[Tensor, Any] = (output.transpose(1, 2).contiguous(), None)
     else:
-        extra = {"softcap": softcap} if softcap is not None else {}
+        extra: dict[str, Any] = {"softcap": softcap} if softcap is not None else {}
         extra |= {"s_aux": s_aux} if s_aux is not None else {}
         function = dense_attention(module, state.dense)
         result = function(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from squeeze.errors import UnsupportedError
 from squeeze.kernels.decode_attention.api import decode_attention
@@ -492,10 +492,11 @@ class PackedCache(DynamicCache):
     @property
     def nbytes(self) -> int:
         """Allocated bytes of all layers."""
-        return sum(
+        sizes: list[int] = [
             layer.nbytes if isinstance(layer, PackedLayer) else _dense_bytes(layer)
             for layer in self.layers
-        )
+        ]
+        return sum(sizes)
 
     def set_padding(self, pads: Sequence[int]) -> None:
         """Say how many tokens of left padding each row has so far."""
@@ -536,18 +537,6 @@ def _length(tensors: Tensors) -> int:
     return next(iter(tensors.values())).shape[0]
 
 
-def _dense_bytes(layer: CacheLayerMixin) -> int:
+def _dense_bytes(layer: Any) -> int:
     tensors = (x for x in vars(layer).values() if isinstance(x, Tensor))
     return sum(x.numel() * x.element_size() for x in tensors)
-
-
-__all__ = [
-    "BlockStorage",
-    "Cache",
-    "Handle",
-    "LayerSpec",
-    "PackedCache",
-    "PackedLayer",
-    "Side",
-    "adopt",
-]

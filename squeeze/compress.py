@@ -59,7 +59,8 @@ def _fit(
     model: nn.Module, row: WeightPlan, stats: Stats | None, path: Path | None
 ) -> ClusteredWeight:
     method = weight_method(row)
-    weight = model.get_submodule(row.module).weight.detach()
+    module: Any = model.get_submodule(row.module)
+    weight = module.weight.detach()
     importance = None
     for name in method.statistics:
         assert stats is not None

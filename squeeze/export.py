@@ -320,8 +320,8 @@ def export_compressed_tensors(
     """Write palettes with 8-bit entries as int8 weights with a scale per output channel, exactly.
 
     ``w = entry * scale``: the same numbers in the ``int-quantized`` format that compressed-tensors
-    and its readers (vLLM among them) load. It costs 8 bits per weight; the KV and sparse settings stay
-    behind, as the format has no place for them.
+    and its readers (vLLM among them) load. It costs 8 bits per weight; the KV and sparse settings
+    stay behind, as the format has no place for them.
 
     Raises:
         UnsupportedError: a module's codebook entries are not int8.

@@ -42,7 +42,8 @@ def load_model(
             "complete safetensors files beside config.json",
             "Copy or download the model again",
         ) from error
-    return model.to(device).eval()  # type: ignore[no-any-return]
+    moved: Any = model.eval()
+    return moved.to(device)  # type: ignore[no-any-return]
 
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

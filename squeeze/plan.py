@@ -130,7 +130,10 @@ class Plan:
         data = {key: value for key, value in data.items() if key in known}
         for key, row in rows.items():
             data[key] = tuple(row(**_tupled(item)) for item in data[key])
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        return cls(**values)
 
     @property
     def lossless(self) -> bool:
@@ -311,7 +314,7 @@ def _kv_cache(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable[
                     "Count from 0, or from the end with negative numbers",
                 )
     for item in info.attention:
-        common = {
+        common: dict[str, Any] = {
             "layer": item.layer,
             "module": item.module,
             "kv_heads": item.kv_heads,

@@ -152,7 +152,7 @@ class Parser:
                     "a format",
                     "Add it; {bits: 16} stores it as it is",
                 )
-        sides = {
+        sides: dict[str, Any] = {
             side: self.kv_side(raw[side], side, f"kv_cache.{side}") for side in ("keys", "values")
         }
         counts = {

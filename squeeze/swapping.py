@@ -188,7 +188,8 @@ def attach_attention(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> No
         )
     dense = text._attn_implementation
     name = register(dense)
-    modules = {row.layer: row.module for row in (*plan.kv_cache, *plan.prefill)}
+    modules = {row.layer: row.module for row in plan.kv_cache}
+    modules |= {row.layer: row.module for row in plan.prefill}
     device = next(model.parameters()).device
     for layer, module in modules.items():
         row, policy = kv.get(layer), prefill.get(layer)
@@ -279,7 +280,8 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def _two_calls(model: PreTrainedModel) -> Tensor:
     """Logits of one step after a short prompt, over whatever cache the model makes."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    device = model.get_input_embeddings().weight.device
+    embedding: Any = model.get_input_embeddings()
+    device = embedding.weight.device
     ids = (torch.arange(14, device=device) % (vocabulary - 1) + 1).view(2, 7)
     training = model.training
     model.eval()

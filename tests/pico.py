@@ -26,7 +26,7 @@ def save(folder):
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=64,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
         bos_token_id=0,
         eos_token_id=0,
     )

@@ -32,6 +32,9 @@ RECIPE = {
 }
 
 
+DAMAGES = ["truncated", "tampered", "missing", "no-manifest", "no-json", "newer", "mismatch"]
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A tiny Llama with the reference model's tokenizer, saved in bfloat16."""
@@ -113,7 +116,7 @@ def test_the_manifest_says_where_everything_came_from(checkpoint, source: Path) 
     (lambda f: (f / "squeeze.json").write_text("{"), "is not a manifest"),
     (lambda f: newer(f), "newer than this squeeze"),
     (lambda f: other_plan(f), "plans in config.json and squeeze.json differ"),
-], ids=["truncated", "tampered", "missing", "no-manifest", "no-json", "newer", "mismatch"])  # fmt: skip
+], ids=DAMAGES)  # fmt: skip
 def test_a_damaged_checkpoint_is_refused(checkpoint, tmp_path: Path, damage, words: str) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint[0], folder)
@@ -237,9 +240,10 @@ def test_submodules_do_not_shadow_the_public_functions() -> None:
     import pkgutil
 
     for module in pkgutil.walk_packages(squeeze.__path__, "squeeze."):
-        if module.name.rpartition(".")[2] not in ("triton", "harness", "documents"):
-            if ".tiles" not in module.name:
-                importlib.import_module(module.name)
+        if not module.name.endswith((".triton", ".harness", ".documents")) and (
+            ".tiles" not in module.name
+        ):
+            importlib.import_module(module.name)
     assert callable(squeeze.run)
     assert callable(squeeze.load)
     assert callable(squeeze.swap)

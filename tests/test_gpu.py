@@ -13,7 +13,7 @@ from squeeze.types import Implementation
 
 pytestmark = pytest.mark.gpu
 RECIPE = {
-    "weights": [{"method": "kmeans", "bits": 4, "importance": "none"}],
+    "weights": [{"method": "kmeans", "importance": "none", "targets": ["down_proj"]}],
     "kv_cache": {
         "keys": {"method": "affine", "granularity": "channel", "transforms": ["hadamard"]},
         "values": {"method": "affine", "transforms": ["hadamard"]},

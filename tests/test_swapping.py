@@ -83,7 +83,7 @@ def test_another_model_is_refused_and_left_as_it_was(llama) -> None:
     other = tiny.model("llama", intermediate_size=80)
     ids = tiny.prompt(1, 40)["input_ids"]
     before = other(ids).logits
-    with pytest.raises(UnsupportedError, match="an nn.Linear of 96 x 64"):
+    with pytest.raises(UnsupportedError, match=r"an nn\.Linear of 96 x 64"):
         squeeze.swap(other, made)
     assert torch.equal(other(ids).logits, before)
     assert not any(isinstance(m, LayerState | ClusteredLinear) for m in other.modules())
