@@ -19,7 +19,7 @@ from squeeze import recipe as recipe_module
 from squeeze.calibrate import Stats, calibrate
 from squeeze.compress import compress
 from squeeze.errors import CheckpointError, RecipeError
-from squeeze.evaluation import evaluate
+from squeeze.evaluation import check_tasks, evaluate
 from squeeze.evaluation.inspection import Sensitivity, inspect_layers
 from squeeze.evaluation.scoring import Progress
 from squeeze.evaluation.suite import (
@@ -151,6 +151,8 @@ def run(
     target = Path(output) if output is not None else None
     if target is not None:
         check_output(target, overwrite)
+    if evaluate:
+        check_tasks(parsed.evaluate.tasks)
     given = isinstance(model, nn.Module)
     if given and device is None:
         device = str(next(model.parameters()).device)  # type: ignore[union-attr]

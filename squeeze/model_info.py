@@ -36,8 +36,6 @@ PACKABLE = frozenset(
         "opt",
         "phi3",
         "qwen2",
-        "qwen2_5_vl",
-        "qwen2_5_vl_text",
         "qwen3",
         "qwen3_moe",
         "qwen3_next",

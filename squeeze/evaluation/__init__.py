@@ -12,7 +12,7 @@ from squeeze.evaluation.perplexity import books_perplexity as _books_perplexity
 from squeeze.evaluation.scoring import Progress, check_mode
 
 TASKS = ("books_perplexity", "needle")
-__all__ = ["TASKS", "evaluate"]
+__all__ = ["TASKS", "check_tasks", "evaluate"]
 
 
 def evaluate(
@@ -53,9 +53,7 @@ def evaluate(
         RecipeError: an unknown task or mode, or a length that cannot be.
     """
     check_mode(mode)
-    theirs = [task for task in tasks if task not in TASKS]
-    if theirs and importlib.util.find_spec("lm_eval") is None:
-        raise _unknown_task(theirs[0])
+    theirs = check_tasks(tasks)
     options: dict[str, Any] = {
         "mode": mode,
         "length": length,
@@ -76,6 +74,18 @@ def evaluate(
         elif task == "needle":
             results[task] = _needle(model, tokenizer, seed=seed, **options)
     return {task: results[task] for task in tasks}
+
+
+def check_tasks(tasks: Sequence[str]) -> list[str]:
+    """Return the tasks that are not ours, which lm-eval would have to run.
+
+    Raises:
+        RecipeError: there are such and lm-eval is not installed.
+    """
+    theirs = [task for task in tasks if task not in TASKS]
+    if theirs and importlib.util.find_spec("lm_eval") is None:
+        raise _unknown_task(theirs[0])
+    return theirs
 
 
 def _unknown_task(name: str) -> RecipeError:
