@@ -8,7 +8,7 @@ pairs computed (density times the causal half, two products of 2 * D each); the 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,22 +23,31 @@ from squeeze.types import BlockIndex, Implementation
 
 OP = "block_sparse_attention"
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-LENGTHS = (8192, 32768, 131072)
+DENSE, SPARSE = (8192, 32768), (32768, 131072)
+REPEATS = 9
 SCALING = HEAD_DIM**-0.5
 KEPT = 0.1
 
 
-def run(device: str | torch.device) -> list[dict[str, Any]]:
+def run(device: str | torch.device, repeats: int = REPEATS) -> Iterator[dict[str, Any]]:
     """Time every implementation at every length on a CUDA device.
 
-    Returns:
+    Yields:
         One dictionary per measurement: op, shape, implementation, median_us, tflops, density,
-        baseline (whether it is someone else's dense attention).
+        baseline (whether it is someone else's dense attention), and speedup over cuDNN.
     """
-    return [row for length in LENGTHS for row in _measure_length(length, torch.device(device))]
+    for length in sorted({*DENSE, *SPARSE}):
+        library = None
+        for name, call, share, baseline in _cases(length, torch.device(device)):
+            row = _row(length, name, call, share, baseline, repeats)
+            library = library or row["median_us"]
+            yield row | {"speedup": round(library / row["median_us"], 3)}
 
 
-def _measure_length(length: int, device: torch.device) -> list[dict[str, Any]]:
+def _cases(
+    length: int, device: torch.device
+) -> Iterator[tuple[str, Callable[[], Any], float, bool]]:
+    """Name the implementations to time at one length, cuDNN first."""
     generator = torch.Generator(device).manual_seed(length)
     query, keys, values = (
         torch.randn(
@@ -46,7 +55,6 @@ def _measure_length(length: int, device: torch.device) -> list[dict[str, Any]]:
         )
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
-    policy, tokens = VerticalSlash(), torch.tensor([length])
 
     def sdpa(backend: SDPBackend) -> Callable[[], Any]:
         def call() -> Tensor:
@@ -62,27 +70,21 @@ def _measure_length(length: int, device: torch.device) -> list[dict[str, Any]]:
             query, keys, values, index, scaling=SCALING, implementation=Implementation.TRITON
         )
 
-    listed = policy.index(query, keys, None, SCALING)
-    share = density(listed, tokens).mean().item()
-    cases: list[tuple[str, Callable[[], Any], float, bool]] = [
-        ("sdpa cudnn", sdpa(SDPBackend.CUDNN_ATTENTION), 1.0, True),
-        ("sdpa flash", sdpa(SDPBackend.FLASH_ATTENTION), 1.0, True),
-        ("triton dense", lambda: ours(None), 1.0, False),
-        ("vertical_slash index", lambda: policy.index(query, keys, None, SCALING), 0.0, False),
-        ("triton vertical_slash", lambda: ours(listed), share, False),
-        (
-            "vertical_slash index + triton",
-            lambda: ours(policy.index(query, keys, None, SCALING)),
-            share,
-            False,
-        ),
-    ]
-    for size in (64, 128):
-        blocks = random_blocks(length, size, device, generator)
+    yield "sdpa cudnn", sdpa(SDPBackend.CUDNN_ATTENTION), 1.0, True
+    if length in DENSE:
+        yield "sdpa flash", sdpa(SDPBackend.FLASH_ATTENTION), 1.0, True
+        yield "triton dense", lambda: ours(None), 1.0, False
+    if length in SPARSE:
+        policy, tokens = VerticalSlash(), torch.tensor([length])
+        listed = policy.index(query, keys, None, SCALING)
+        share = density(listed, tokens).mean().item()
+        make = lambda: policy.index(query, keys, None, SCALING)  # noqa: E731
+        yield "vertical_slash index", make, 0.0, False
+        yield "triton vertical_slash", lambda: ours(listed), share, False
+        yield "vertical_slash index + triton", lambda: ours(make()), share, False
+        blocks = random_blocks(length, 128, device, generator)
         kept = density(blocks, tokens).mean().item()
-        name = f"triton random {size}-blocks"
-        cases.append((name, lambda blocks=blocks: ours(blocks), kept, False))  # type: ignore[misc]
-    return [_row(length, *case) for case in cases]
+        yield "triton random 128-blocks", lambda: ours(blocks), kept, False
 
 
 def random_blocks(
@@ -98,9 +100,9 @@ def random_blocks(
 
 
 def _row(
-    length: int, name: str, call: Callable[[], Any], share: float, baseline: bool
+    length: int, name: str, call: Callable[[], Any], share: float, baseline: bool, repeats: int
 ) -> dict[str, Any]:
-    microseconds = median_us(call)
+    microseconds = median_us(call, repeats)
     pairs = share * length * (length + 1) / 2
     return {
         "op": OP,
@@ -113,7 +115,7 @@ def _row(
     }
 
 
-def median_us(call: Callable[[], Any], warm_up: int = 3, repeats: int = 15) -> float:
+def median_us(call: Callable[[], Any], repeats: int, warm_up: int = 2) -> float:
     """Return the median time of a call in microseconds, by CUDA events."""
     for _ in range(warm_up):
         call()

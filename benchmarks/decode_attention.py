@@ -28,32 +28,39 @@ OP = "decode_attention"
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SHAPES = ((1, 4096), (1, 32768), (1, 131072), (8, 32768))
 FORMATS = (
-    (Affine(4, "channel", 64), Affine(4, "token", 64)),
     (Affine(4, "channel", 128), Affine(4, "token", 128)),
+    (Affine(4, "channel", 64), Affine(4, "token", 64)),
     (Affine(2, "channel", 64), Affine(2, "token", 64)),
     (Affine(8, "channel", 64), Affine(8, "token", 64)),
 )
 BLOCK, EXACT = 128, 128
 SCALING = HEAD_DIM**-0.5
-ROTATED_BYTES, REPLAYS = 256 * 2**20, 30
+ROTATED_BYTES, REPLAYS = 256 * 2**20, 20
 
 
-def run(device: str | torch.device) -> list[dict[str, Any]]:
+def run(device: str | torch.device, repeats: int = REPLAYS) -> Iterator[dict[str, Any]]:
     """Time every implementation at every shape on a CUDA device.
 
-    Returns:
+    Yields:
         One dictionary per measurement: op, shape, implementation, median_us, gbytes_per_s,
-        baseline (whether it is someone else's dense attention).
+        baseline (whether it is someone else's dense attention), and speedup over cuDNN.
     """
     place = torch.device(device)
-    rows = []
     for batch, length in SHAPES:
-        rows += list(_dense(batch, length, place))
-        rows += [_packed(batch, length, *formats, place) for formats in FORMATS]
-    return rows
+        library = None
+        for row in _rows(batch, length, place, repeats):
+            library = library or row["median_us"]
+            yield row | {"speedup": round(library / row["median_us"], 3)}
 
 
-def _dense(batch: int, length: int, device: torch.device) -> Iterator[dict[str, Any]]:
+def _rows(batch: int, length: int, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
+    """Measure one shape, cuDNN first."""
+    yield from _dense(batch, length, device, repeats)
+    for formats in FORMATS:
+        yield _packed(batch, length, *formats, device, repeats)
+
+
+def _dense(batch: int, length: int, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
     """Measure torch's two fast backends over a bfloat16 cache."""
     size = 4 * batch * KV_HEADS * length * HEAD_DIM
     copies = [
@@ -71,11 +78,11 @@ def _dense(batch: int, length: int, device: torch.device) -> Iterator[dict[str, 
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         calls = [lambda kv=kv, b=backend: attend(*kv, b) for kv in copies]
         name = f"sdpa {backend.name.removesuffix('_ATTENTION').lower()} bf16"
-        yield _row(batch, length, name, size, _median_us(calls), baseline=True)
+        yield _row(batch, length, name, size, _median_us(calls, repeats), baseline=True)
 
 
 def _packed(
-    batch: int, length: int, keys: Affine, values: Affine, device: torch.device
+    batch: int, length: int, keys: Affine, values: Affine, device: torch.device, repeats: int
 ) -> dict[str, Any]:
     """Measure ours: all but the last 128 tokens packed."""
     blocks = (length - EXACT) // BLOCK
@@ -87,7 +94,7 @@ def _packed(
         copies.append([_random_blocks(format, blocks, batch, device) for format in (keys, values)])
     calls = [_call(*pair, blocks, batch, device) for pair in copies]
     name = f"squeeze k{keys.bits} g{keys.group_size} v{values.bits} g{values.group_size}"
-    return _row(batch, length, name, size, _median_us(calls), baseline=False)
+    return _row(batch, length, name, size, _median_us(calls, repeats), baseline=False)
 
 
 def _call(
@@ -142,7 +149,7 @@ def _copies(size: int) -> int:
     return max(2, -(-ROTATED_BYTES // size))
 
 
-def _median_us(calls: list[Callable[[], Any]]) -> float:
+def _median_us(calls: list[Callable[[], Any]], repeats: int) -> float:
     """Time the calls as one graph, and return the median of a replay over their number."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -154,7 +161,7 @@ def _median_us(calls: list[Callable[[], Any]]) -> float:
         for call in calls:
             call()
     times = []
-    for _ in range(REPLAYS + 3):
+    for _ in range(repeats + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -178,15 +185,15 @@ def _row(
 
 
 def compare_settings(device: str | torch.device = "cuda") -> None:
-    """Print the time of every combination of warps, stages and programs per SM."""
-    from squeeze.kernels.decode_attention import triton as kernel
+    """Print the time of every launch setting."""
+    from squeeze.kernels.decode_attention import tuning
 
-    for warps, stages, programs in itertools.product((2, 4), (1, 3), (4, 8)):
-        kernel.warps = lambda keys, tile, warps=warps: warps
-        kernel.STAGES, kernel.PROGRAMS_PER_SM = stages, programs
-        for (batch, length), formats in itertools.product(SHAPES[::2], FORMATS[:3]):
-            row = _packed(batch, length, *formats, torch.device(device))
-            print(warps, stages, programs, row["shape"], row["implementation"], row["median_us"])
+    for formats, (batch, length) in itertools.product(FORMATS, SHAPES[::2]):
+        for setting in tuning.CANDIDATES:
+            tuning.default = lambda warps, tile, setting=setting: setting
+            tuning.WORTH_TUNING = 2**62
+            row = _packed(batch, length, *formats, torch.device(device), 5)
+            print(*setting, row["shape"], row["implementation"], row["median_us"], flush=True)
 
 
 if __name__ == "__main__":

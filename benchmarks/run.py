@@ -6,8 +6,10 @@ Run from the repository root, on the machine to be measured::
     python -m benchmarks.run --device cpu lut_linear
 
 Each op named has ``tests/kernels/test_<op>.py`` and ``benchmarks/<op>.py``, whose
-``run(device) -> list[dict]`` measures it beside its baselines. The result goes to
-``benchmarks/results/<op>.json`` with everything needed to judge it later.
+``run(device, repeats)`` yields a row per measurement, baselines first. The result goes to
+``benchmarks/results/<op>.json`` with everything needed to judge it later, after every row, so what
+a stopped run had measured is kept (``complete`` is false then). ``--warm`` runs every case with
+few repeats and writes nothing: kernels are compiled and cached when the measurement starts.
 """
 
 from __future__ import annotations
@@ -40,11 +42,23 @@ def main() -> int:
     parser.add_argument("ops", nargs="+", choices=known, help="what to measure")
     parser.add_argument("--device", default="cuda", help="cpu, cuda or cuda:N")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--warm", action="store_true", help="only compile; measure and test nothing"
+    )
     options = parser.parse_args()
+    if options.warm:
+        for op in options.ops:
+            print(f"{op}: {warm(op, options.device)} cases compiled", file=sys.stderr)
+        return 0
     failed = [op for op in options.ops if not measure(op, options.device, options.output)]
     for op in failed:
         print(f"{op}: tests failed, so nothing was measured", file=sys.stderr)
     return 1 if failed else 0
+
+
+def warm(op: str, device: str) -> int:
+    """Run every case of an op briefly, for the compile cache; return how many rows there were."""
+    return sum(1 for _ in importlib.import_module(f"benchmarks.{op}").run(device, repeats=1))
 
 
 def measure(op: str, device: str, output: Path) -> bool:
@@ -56,7 +70,7 @@ def measure(op: str, device: str, output: Path) -> bool:
     passed = run_tests(op)
     if not passed:
         return False
-    rows = importlib.import_module(f"benchmarks.{op}").run(device)
+    rows: list[dict[str, Any]] = []
     where = environment()
     result = {
         "op": op,
@@ -67,10 +81,16 @@ def measure(op: str, device: str, output: Path) -> bool:
         "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
         "tests_passed": passed,
         "kernel_sha256": kernel_hashes(op),
+        "complete": False,
         "rows": rows,
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / f"{op}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path = output / f"{op}.json"
+    for row in importlib.import_module(f"benchmarks.{op}").run(device):
+        rows.append(row)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result["complete"] = True
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     show(op, rows, where["hardware"]["gpu"] or where["hardware"]["cpu"])
     return True
 

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from squeeze.kernels.decode_attention import triton as kernel
+from squeeze.kernels.decode_attention import tuning
 from squeeze.quant.kv._raw import RawBlocks
 from squeeze.quant.kv.affine import Affine
 
@@ -34,23 +35,23 @@ POINTERS = {
 # Keys, values, block length, head size, rows of a tile, dtype.
 CASES = {
     "tiny": (Affine(4, "token", 32), Affine(4, "token", 32), 32, 32, 16, "bf16"),
-    "default": (Affine(4, "channel", 64), Affine(4, "token", 64), 128, 128, 16, "bf16"),
-    "wide": (Affine(4, "channel", 128), Affine(4, "token", 128), 128, 128, 16, "bf16"),
-    "short": (Affine(4, "channel", 64), Affine(4, "token", 64), 64, 64, 16, "bf16"),
-    "two": (Affine(2, "channel", 32), Affine(2, "token", 64), 128, 128, 16, "bf16"),
+    "default": (Affine(4, "channel", 64), Affine(4, "token", 64), 128, 128, 8, "bf16"),
+    "wide": (Affine(4, "channel", 128), Affine(4, "token", 128), 128, 128, 8, "bf16"),
+    "short": (Affine(4, "channel", 64), Affine(4, "token", 64), 64, 64, 8, "bf16"),
+    "two": (Affine(2, "channel", 32), Affine(2, "token", 64), 128, 128, 8, "bf16"),
     "three": (Affine(3, "channel", 128), Affine(3, "token", 40), 128, 80, 16, "bf16"),
-    "eight": (Affine(8, "channel", 64), Affine(8, "token", 64, True), 128, 128, 16, "bf16"),
+    "eight": (Affine(8, "channel", 64), Affine(8, "token", 64, True), 128, 128, 8, "bf16"),
     "swapped": (Affine(4, "token", 32), Affine(4, "channel", 32), 128, 128, 16, "fp16"),
     "raw": (RawBlocks(), Affine(2, "token", 32), 64, 128, 64, "bf16"),
 }
 
 
-def compile_case(case, capability, warps=None):
+def compile_case(case, capability, warps=None, stages=None):
     """Return warps, registers, stack bytes and shared memory of one compiled kernel."""
     keys, values, length, size, tile, dtype = case
     sides = [kernel.describe_side(item, length, size) for item in (keys, values)]
     constants = kernel.constants(
-        sides[0], sides[1], size=size, tile=tile, splits=16, shifted=True, capped=False
+        sides[0], sides[1], size=size, tile=tile, packed=True, shifted=True, capped=False
     )
     signature = {name: text.format(dtype) for name, text in POINTERS.items()}
     for name, side, item in zip(("key_tables", "value_tables"), sides, (keys, values), strict=True):
@@ -60,7 +61,7 @@ def compile_case(case, capability, warps=None):
         if name.endswith("strides"):
             signature[name] = ("i32",) * 3
     signature |= {"scaling": "fp32", "softcap": "fp32"}
-    signature |= dict.fromkeys(("kv_heads", "groups", "steps"), "i32")
+    signature |= dict.fromkeys(("kv_heads", "groups", "steps", "splits"), "i32")
     signature |= dict.fromkeys(constants, "constexpr")
     names = kernel._attend.arg_names
     aligned = {}
@@ -75,8 +76,9 @@ def compile_case(case, capability, warps=None):
         {(names.index(name),): value for name, value in constants.items()},
         aligned,
     )
-    warps = warps or kernel.warps(sides[0], tile)
-    options = {"num_warps": warps, "num_stages": kernel.STAGES}
+    chosen = tuning.default(max(side.warps for side in sides), tile)
+    warps = warps or chosen.warps
+    options = {"num_warps": warps, "num_stages": stages or chosen.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {"warps": warps, "shared": compiled.metadata.shared} | inspect(compiled.asm["cubin"])
 
@@ -84,10 +86,10 @@ def compile_case(case, capability, warps=None):
 def compile_merge(capability):
     """Compile the second kernel for heads of 80 and 17 splits."""
     names = kernel._merge.arg_names
-    constants = {"D": 80, "SPLITS": 16, "ALL": 32, "WIDTH": 64, "CHUNK": 16, "SPLIT_OUTPUT": True}
+    constants = {"D": 80, "ALL": 32, "WIDTH": 64, "CHUNK": 16, "SPLIT_OUTPUT": True}
     source = ASTSource(
         kernel._merge,
-        {name: "constexpr" if name in constants else "*fp32" for name in names},
+        {name: "constexpr" if name in constants else "*fp32" for name in names} | {"splits": "i32"},
         {(names.index(name),): value for name, value in constants.items()},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))

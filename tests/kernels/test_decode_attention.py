@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from squeeze.types import Implementation, PackedBlocks
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter, without a GPU"
 )
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 BOTH = [Implementation.REFERENCE, pytest.param(Implementation.TRITON, marks=interpreted)]
 KEYS4 = Affine(4, "channel", 64)
 VALUES4 = Affine(4, "token", 32)
@@ -368,6 +370,39 @@ def test_kernel_on_the_gpu_matches_float64(case):
     arguments = build(case, seed=GPU_CASES.index(case), device="cuda")
     output, lse = call(arguments, case, Implementation.TRITON)
     within_budget(output, lse, arguments, case, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 2])
+def test_every_launch_setting_matches_float64(bits, monkeypatch):
+    from squeeze.kernels.decode_attention import tuning
+
+    formats = Affine(bits, "channel", 64), Affine(bits, "token", 64)
+    case = Case(*formats, length=128, size=128, groups=4, blocks=(11, 4), dtype=torch.bfloat16)
+    arguments = build(case, device="cuda")
+    for setting in tuning.candidates(1, 8):
+        monkeypatch.setattr(tuning, "default", lambda warps, tile, setting=setting: setting)
+        output, lse = call(arguments, case, Implementation.TRITON)
+        within_budget(output, lse, arguments, case, torch.bfloat16)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_settings_are_timed_once_and_only_for_long_calls(monkeypatch):
+    from squeeze.kernels.decode_attention import tuning
+
+    listed = tuning.candidates(1, 8)
+    assert tuning.default(1, 8) == listed[0]
+    assert 1 < len(listed) <= 12
+    timed = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_time", lambda call, option: timed.append(option) or -len(timed))
+    long = tuning.WORTH_TUNING
+    assert tuning.choose("kind", 1, 8, long - 1, None) == listed[0]
+    assert not timed
+    assert tuning.choose("kind", 1, 8, long, None) == listed[-1]
+    assert tuning.choose("kind", 1, 8, long, None) == listed[-1]
+    assert timed == listed
 
 
 @pytest.mark.gpu

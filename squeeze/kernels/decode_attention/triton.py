@@ -21,17 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from squeeze.kernels.decode_attention import tuning
+from squeeze.kernels.decode_attention.product import multiply, multiply_add
 from squeeze.types import PackedBlocks
 
 LOG2_E = math.log2(math.e)
-# Addresses, then words, then arithmetic: the loads of the next block are under way during this one.
-STAGES = 3
-PROGRAMS_PER_SM = 4
 INTERPRETED_PROGRAMS = 12
 # A split shorter than this costs more to start and merge than it saves.
-TOKENS_PER_SPLIT = 256
+TOKENS_PER_SPLIT = 128
 MAX_SPLITS = 256
-EXACT_TOKENS = 64
+# Two stages of keys and values of this many tokens leave room for eight programs on a processor.
+EXACT_TOKENS = 32
 
 
 class Side(NamedTuple):
@@ -41,7 +41,7 @@ class Side(NamedTuple):
     module: ModuleType
     meta: tuple[int, ...]
     parts: tuple[int, int, int]
-    rows: int
+    warps: int
 
 
 @triton.jit
@@ -110,9 +110,9 @@ def _exact(
     kv_heads,
     groups,
     steps,
+    splits,
     D: tl.constexpr,
     M: tl.constexpr,
-    SPLITS: tl.constexpr,
     EXACT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -136,7 +136,7 @@ def _exact(
         mask = (slot < count)[:, None] & (channel < D)[None, :]
         places = slot[:, None].to(tl.int64) * key_strides[2] + channel[None, :]
         loaded = tl.load(keys + places, mask=mask, other=0.0)
-        scores = tl.dot(tile, tl.trans(loaded), input_precision="ieee") * scaling
+        scores = multiply(tile, tl.trans(loaded)) * scaling
         if HAS_SOFTCAP:
             scores = _soft_cap(scores, softcap)
         visible = slot[None, :] < limits[:, None]
@@ -145,8 +145,8 @@ def _exact(
         places = slot[:, None].to(tl.int64) * value_strides[2] + channel[None, :]
         loaded = tl.load(values + places, mask=mask, other=0.0)
         output *= decay[:, None]
-        output = tl.dot(weights.to(loaded.dtype), loaded, output, input_precision="ieee")
-    _store_parts(partial, row, valid, (output,), PARTS, SPLITS + 1, D)
+        output = multiply_add(weights.to(loaded.dtype), loaded, output)
+    _store_parts(partial, row, valid, (output,), PARTS, splits + 1, D)
     return maximum, total
 
 
@@ -164,9 +164,9 @@ def _packed(
     kv_heads,
     groups,
     steps,
+    splits,
     D: tl.constexpr,
     M: tl.constexpr,
-    SPLITS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     KEY_SCORE: tl.constexpr,
@@ -186,7 +186,7 @@ def _packed(
     offsets = batch * strides[0] + heads * strides[1] + step * strides[2]
     tiles = _query_parts(query, offsets, valid, KEY_PARTS)
     count = tl.load(block_counts + batch)
-    share = tl.cdiv(count, SPLITS)
+    share = tl.cdiv(count, splits)
     first = (split - 1) * share
     last = tl.minimum(first + share, count)
     if HAS_SHIFT:
@@ -208,11 +208,11 @@ def _packed(
         for part in tl.static_range(0, COUNT):
             decayed = decayed + (output[part] * decay[:, None],)
         output = VALUE_ACCUMULATE(value_tables, block, slab, weights, decayed, dtype, VALUE_META)
-    _store_parts(partial, row, valid, output, VALUE_PARTS, SPLITS + 1, D)
+    _store_parts(partial, row, valid, output, VALUE_PARTS, splits + 1, D)
     return maximum, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _attend(
     query,
     packed_query,
@@ -235,9 +235,10 @@ def _attend(
     kv_heads,
     groups,
     steps,
+    splits,
     D: tl.constexpr,
     M: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PACKED: tl.constexpr,
     EXACT: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -251,7 +252,7 @@ def _attend(
 ):
     """Online softmax over one split: ``o = sum 2**(s - m) v``, ``l = sum 2**(s - m)``, ``m``.
 
-    Split 0 walks the exact slots, splits 1 to SPLITS share the row's packed blocks evenly. Query
+    Split 0 walks the exact slots, the others share the row's packed blocks evenly. Query
     tile ``[M, D]``, scores ``[M, L]`` and output stay in registers; products take operands of the
     query's dtype and add up in float32, as do m and l.
     """
@@ -276,14 +277,14 @@ def _attend(
             kv_heads,
             groups,
             steps,
+            splits,
             D,
             M,
-            SPLITS,
             EXACT,
             HAS_SOFTCAP,
             DENSE_PARTS,
         )
-    elif SPLITS > 0:
+    elif PACKED:
         maximum, total = _packed(
             packed_query,
             shift,
@@ -297,9 +298,9 @@ def _attend(
             kv_heads,
             groups,
             steps,
+            splits,
             D,
             M,
-            SPLITS,
             HAS_SHIFT,
             HAS_SOFTCAP,
             KEY_SCORE,
@@ -309,11 +310,11 @@ def _attend(
             VALUE_META,
             VALUE_PARTS,
         )
-    tl.store(maxima + row * (SPLITS + 1) + split, maximum, mask=valid)
-    tl.store(totals + row * (SPLITS + 1) + split, total, mask=valid)
+    tl.store(maxima + row * (splits + 1) + split, maximum, mask=valid)
+    tl.store(totals + row * (splits + 1) + split, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge(
     partial,
     maxima,
@@ -321,8 +322,8 @@ def _merge(
     packed_output,
     exact_output,
     lse,
+    splits,
     D: tl.constexpr,
-    SPLITS: tl.constexpr,
     ALL: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -335,10 +336,10 @@ def _merge(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < D
-    base = row * (SPLITS + 1)
-    splits = tl.arange(0, ALL)
-    local = tl.load(maxima + base + splits, mask=splits <= SPLITS, other=float("-inf"))
-    sums = tl.load(totals + base + splits, mask=splits <= SPLITS, other=0.0)
+    base = row * (splits + 1)
+    every = tl.arange(0, ALL)
+    local = tl.load(maxima + base + every, mask=every <= splits, other=float("-inf"))
+    sums = tl.load(totals + base + every, mask=every <= splits, other=0.0)
     maximum = tl.max(local, 0)
     finite = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.sum(sums * tl.exp2(local - finite), 0)
@@ -346,9 +347,9 @@ def _merge(
     exact = tl.load(partial + base * D + column, mask=inside, other=0.0)
     exact *= tl.exp2(tl.load(maxima + base) - finite) / divisor
     packed = tl.zeros((WIDTH,), tl.float32)
-    for start in range(1, SPLITS + 1, CHUNK):
+    for start in range(1, splits + 1, CHUNK):
         part = start + tl.arange(0, CHUNK)
-        there = part <= SPLITS
+        there = part <= splits
         highest = tl.load(maxima + base + part, mask=there, other=float("-inf"))
         places = (base + part)[:, None] * D + column[None, :]
         tile = tl.load(partial + places, mask=there[:, None] & inside[None, :], other=0.0)
@@ -383,59 +384,92 @@ def decode_attention(
     """Launch both kernels; arguments and results as in ``api.decode_attention``.
 
     Nothing is read back from the device: the grid follows from ``max_blocks``, and rows with fewer
-    blocks share theirs among the same programs.
+    blocks share theirs among the same programs. The first long call of a kind times the launch
+    settings, unless a CUDA graph is being recorded.
 
     Raises:
         ValueError: a dtype, stride or block length that the kernel does not take.
     Cost: scratch of ``4 * (D + 2) * (splits + 1)`` bytes per query row.
     """
-    dense = [query, packed_query, exact_keys, exact_values]
-    _check(dense, shift)
+    _check([query, packed_query, exact_keys, exact_values], shift)
+    size, kv_heads = query.shape[3], exact_keys.shape[1]
+    rows = query.shape[1] // kv_heads * query.shape[2]
+    widest = 16 if query.dtype == torch.float32 else 64
+    tile = min(widest, max(8, triton.next_power_of_2(rows)))
+    sides = [_side(blocks, exact_counts, size) for blocks in (keys, values)]
+    options = constants(
+        *sides,
+        size=size,
+        tile=tile,
+        packed=keys is not None and max_blocks > 0,
+        shifted=shift is not None,
+        capped=softcap is not None,
+    )
+    tokens = 0 if keys is None else max_blocks * keys.length
+    dense = (query, packed_query, shift, exact_keys, exact_values)
+    counts = (block_counts, exact_counts)
+
+    def launch(setting: tuning.Setting) -> tuple[Tensor, ...]:
+        return _launch(
+            dense, counts, sides, options, scaling, softcap, tokens, split_output, setting
+        )
+
+    warps = max(side.warps for side in sides)
+    setting = tuning.default(warps, tile)
+    if query.is_cuda and options["PACKED"]:
+        facts = [(side.module.__name__, side.meta) for side in sides]
+        key = (query.device, query.dtype, size, tile, shift is None, softcap is None, *facts)
+        work = tokens * query.shape[0] * kv_heads
+        setting = tuning.choose(key, warps, tile, work, launch)
+    return launch(setting)
+
+
+def _launch(
+    dense: tuple[Any, ...],
+    counts: tuple[Tensor, Tensor],
+    sides: list[Side],
+    options: dict[str, Any],
+    scaling: float,
+    softcap: float | None,
+    tokens: int,
+    split_output: bool,
+    setting: tuning.Setting,
+) -> tuple[Tensor, ...]:
+    """Allocate scratch and results, and run both kernels under one setting."""
+    query, packed_query, shift, exact_keys, exact_values = dense
     batch, heads, steps, size = query.shape
     kv_heads = exact_keys.shape[1]
     rows = heads // kv_heads * steps
-    widest = 16 if query.dtype == torch.float32 else 64
-    tile = min(widest, max(16, triton.next_power_of_2(rows)))
-    length = 0 if keys is None else keys.length
-    splits = _splits(query.device, batch * kv_heads * triton.cdiv(rows, tile), max_blocks, length)
-    key_side = _side(keys, exact_counts, size)
-    value_side = _side(values, exact_counts, size)
+    tiles = triton.cdiv(rows, options["M"])
+    splits = _splits(query.device, batch * kv_heads * tiles, tokens, setting.programs)
     shape = (batch * kv_heads * rows, splits + 1)
     partial = query.new_empty(*shape, size, dtype=torch.float32)
     maxima, totals = query.new_empty(2, *shape, dtype=torch.float32)
     outputs = query.new_empty(2 if split_output else 1, *query.shape, dtype=torch.float32)
     lse = query.new_empty(batch, heads, steps, dtype=torch.float32)
-    options = constants(
-        key_side,
-        value_side,
-        size=size,
-        tile=tile,
-        splits=splits,
-        shifted=shift is not None,
-        capped=softcap is not None,
-    )
-    _attend[(splits + 1, batch * kv_heads, triton.cdiv(rows, tile))](
+    _attend[(splits + 1, batch * kv_heads, tiles)](
         query,
         packed_query,
         lse if shift is None else shift.contiguous(),
-        key_side.tables,
-        value_side.tables,
-        block_counts,
+        sides[0].tables,
+        sides[1].tables,
+        counts[0],
         exact_keys,
         exact_values,
-        exact_counts,
+        counts[1],
         partial,
         maxima,
         totals,
-        *(x.stride()[:3] for x in dense),
+        *(x.stride()[:3] for x in (query, packed_query, exact_keys, exact_values)),
         scaling * LOG2_E,
         (softcap or 1.0) * LOG2_E,
         kv_heads,
         heads // kv_heads,
         steps,
+        splits,
         **options,
-        num_warps=warps(key_side, tile),
-        num_stages=STAGES,
+        num_warps=setting.warps,
+        num_stages=setting.stages,
     )
     width = min(64, triton.next_power_of_2(size))
     _merge[(shape[0], triton.cdiv(size, width))](
@@ -445,11 +479,11 @@ def decode_attention(
         outputs[0],
         outputs[-1],
         lse,
+        splits,
         D=size,
-        SPLITS=splits,
         ALL=triton.next_power_of_2(splits + 1),
         WIDTH=width,
-        CHUNK=min(16, triton.next_power_of_2(max(splits, 1))),
+        CHUNK=16,
         SPLIT_OUTPUT=split_output,
         num_warps=4,
     )
@@ -465,17 +499,17 @@ def describe_side(format: Any, length: int, size: int) -> Side:
     """Find the tile functions and compile-time facts of a format; no tables yet."""
     module = _tiles("raw" if format is None else format.info.name)
     meta = module.describe(format, length, size)
-    return Side((), module, meta, module.parts(format, size), module.rows(format, length))
+    return Side((), module, meta, module.parts(format, size), module.warps(format))
 
 
 def constants(
-    keys: Side, values: Side, *, size: int, tile: int, splits: int, shifted: bool, capped: bool
+    keys: Side, values: Side, *, size: int, tile: int, packed: bool, shifted: bool, capped: bool
 ) -> dict[str, Any]:
     """Name the kernel's compile-time arguments."""
     return {
         "D": size,
         "M": tile,
-        "SPLITS": splits,
+        "PACKED": packed,
         "EXACT": EXACT_TOKENS,
         "HAS_SHIFT": shifted,
         "HAS_SOFTCAP": capped,
@@ -487,15 +521,6 @@ def constants(
         "VALUE_PARTS": values.parts,
         "DENSE_PARTS": _tiles("raw").parts(None, size),
     }
-
-
-def warps(keys: Side, tile: int) -> int:
-    """Choose the warps of a program.
-
-    Key words go straight to the tensor cores' registers when each warp owns eight word rows;
-    more warps would send the unpacked codes through shared memory, and fewer than two spill.
-    """
-    return 4 if tile > 16 else min(4, max(2, keys.rows // 8))
 
 
 def _side(blocks: PackedBlocks | None, unused: Tensor, size: int) -> Side:
@@ -519,13 +544,13 @@ def _addresses(blocks: PackedBlocks) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in tables.items()}
 
 
-def _splits(device: torch.device, programs: int, max_blocks: int, length: int) -> int:
-    """Choose into how many runs the packed blocks of a row are divided; 0 without blocks."""
+def _splits(device: torch.device, programs: int, tokens: int, per_processor: int) -> int:
+    """Choose into how many runs a row's packed tokens are divided; 0 without any."""
     wanted = INTERPRETED_PROGRAMS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        wanted = processors * PROGRAMS_PER_SM
-    longest = triton.cdiv(max_blocks * length, TOKENS_PER_SPLIT)
+        wanted = processors * per_processor
+    longest = triton.cdiv(tokens, TOKENS_PER_SPLIT)
     # The exact slots take one program too; one too many would run alone, after all others.
     return min(max(wanted // programs - 1, 1), longest, MAX_SPLITS)
 

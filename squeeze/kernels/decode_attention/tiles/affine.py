@@ -17,6 +17,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from squeeze.kernels.decode_attention.product import multiply, multiply_add
+
 COMPONENTS = ("codes", "scale", "zero")
 PARAMETERS = ()
 
@@ -35,9 +37,13 @@ def parts(format: Any, head_dim: int) -> tuple[int, int, int]:
     return (head_dim // wide, wide, max(16, triton.next_power_of_2(wide)))
 
 
-def rows(format: Any, length: int) -> int:
-    """Word rows of a plane: the tokens that one bit position of the words holds."""
-    return length * (2 if format.bits < 4 else 4) // 32
+def warps(format: Any) -> int:
+    """Warps of a program with few query rows.
+
+    One warp unpacks in registers, as eight rows of words are all that a 2-bit block of 128 tokens
+    has; codes of two planes do not fit its registers.
+    """
+    return 1 if format.bits in (2, 4) else 2
 
 
 @triton.jit
@@ -53,6 +59,30 @@ def _stack(low, high, ACROSS: tl.constexpr):
         both = tl.permute(tl.join(low, high), (2, 0, 1))
         result = tl.reshape(both, (2 * low.shape[0], low.shape[1]))
     return result
+
+
+@triton.jit
+def _stack_halves(low, high, ACROSS: tl.constexpr):
+    """Put both 16-bit halves of the words together: see ``_alternate`` for the values' order.
+
+    Two neighbours along the reduced dimension share a register of a tensor-core operand. Of keys
+    these are channels, so the halves are stacked; of values they are tokens, so each word already
+    is such a register when its halves alternate. The rows of words, at least eight, then fill the
+    places of the reduced dimension that lie in other threads.
+    """
+    if ACROSS:
+        result = _stack(low, high, True)
+    else:
+        both = tl.permute(tl.join(low, high), (0, 2, 1))
+        result = tl.reshape(both, (2 * low.shape[0], low.shape[1]))
+    return result
+
+
+@triton.jit
+def _alternate(weights):
+    """Reorder the tokens of ``[M, L]`` to 0, L/2, 1, L/2 + 1, ..., in registers."""
+    halves = tl.reshape(weights, (weights.shape[0], 2, weights.shape[1] // 2))
+    return tl.reshape(tl.permute(halves, (0, 2, 1)), (weights.shape[0], weights.shape[1]))
 
 
 @triton.jit
@@ -130,11 +160,11 @@ def _as_float(
         codes = codes | (0x64006400 if dtype == tl.float16 else 0x43004300)
         low = codes.to(tl.int16)
         if HALVES:
-            low = _stack(low, (codes >> 16).to(tl.int16), ACROSS)
+            low = _stack_halves(low, (codes >> 16).to(tl.int16), ACROSS)
         result = low.to(dtype, bitcast=True)
     else:
         if HALVES:
-            codes = _stack(codes & 0xFFFF, codes >> 16, ACROSS)
+            codes = _stack_halves(codes & 0xFFFF, codes >> 16, ACROSS)
         # 2**23 + code in float32; the difference is the code, exact in every dtype used here.
         wide = ((codes & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True)
         result = (wide - 8388608.0).to(dtype)
@@ -193,7 +223,7 @@ def _score_token(tables, block, slab, query, OFFSET: tl.constexpr, META: tl.cons
     for part in tl.static_range(0, COUNT):
         scale, zero = _constants(tables, block, slab, part, 0, META)
         codes = _codes(tables, block, slab, part, 0, query[part].dtype, True, META)
-        product = tl.dot(query[part], codes, input_precision="ieee")
+        product = multiply(query[part], codes)
         total = tl.sum(query[part].to(tl.float32), 1)
         result += product * scale[None, :] + total[:, None] * (zero - OFFSET * scale)[None, :]
     return result
@@ -209,12 +239,11 @@ def _score_channel(
     products = ()
     for group in tl.static_range(0, GROUPS):
         scale, zero = _constants(tables, block, slab, 0, group, META)
-        scaled = wide * scale[None, :]
         operand = query * scale.to(query.dtype)[None, :]
-        lost = scaled * MID - operand.to(tl.float32) * (OFFSET + MID)
-        bias = tl.sum(wide * zero[None, :] + lost, 1)
+        middle = (zero + MID * scale)[None, :]
+        bias = tl.sum(wide * middle - operand.to(tl.float32) * (OFFSET + MID), 1)
         codes = _codes(tables, block, slab, 0, group, query.dtype, True, META)
-        product = tl.dot(operand, codes, input_precision="ieee")
+        product = multiply(operand, codes)
         products = products + (product + bias[:, None],)
     return _concatenate(products)
 
@@ -272,12 +301,11 @@ def _accumulate_token(
     result = ()
     for part in tl.static_range(0, COUNT):
         scale, zero = _constants(tables, block, slab, part, 0, META)
-        scaled = weights * scale[None, :]
-        operand = scaled.to(dtype)
-        lost = scaled * MID - operand.to(tl.float32) * (OFFSET + MID)
-        bias = tl.sum(weights * zero[None, :] + lost, 1)
+        operand = (weights * scale[None, :]).to(dtype)
+        middle = (zero + MID * scale)[None, :]
+        bias = tl.sum(weights * middle - operand.to(tl.float32) * (OFFSET + MID), 1)
         codes = _codes(tables, block, slab, part, 0, dtype, False, META)
-        product = tl.dot(operand, codes, output[part], input_precision="ieee")
+        product = multiply_add(_alternate(operand), codes, output[part])
         result = result + (product + bias[:, None],)
     return result
 
@@ -318,6 +346,8 @@ def _accumulate_channel(
         total = tl.sum(tiles[group], 1)
         lost = total * MID - tl.sum(operand.to(tl.float32), 1) * (OFFSET + MID)
         codes = _codes(tables, block, slab, 0, group, dtype, False, META)
-        product = tl.dot(operand, codes, input_precision="ieee") + lost[:, None]
+        if GROUPS == 1:
+            operand = _alternate(operand)
+        product = multiply(operand, codes) + lost[:, None]
         output += product * scale[None, :] + total[:, None] * zero[None, :]
     return output

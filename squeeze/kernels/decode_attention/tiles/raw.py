@@ -7,6 +7,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from squeeze.kernels.decode_attention.product import multiply, multiply_add
+
 COMPONENTS = ("x",)
 PARAMETERS = ()
 
@@ -21,9 +23,9 @@ def parts(format: Any, head_dim: int) -> tuple[int, int, int]:
     return (1, head_dim, max(16, triton.next_power_of_2(head_dim)))
 
 
-def rows(format: Any, length: int) -> int:
-    """Rows that are loaded: one per token."""
-    return length
+def warps(format: Any) -> int:
+    """Warps of a program with few query rows."""
+    return 2
 
 
 @triton.jit
@@ -46,11 +48,11 @@ def _load(tables, block, slab, dtype, META: tl.constexpr):
 def score(tables, block, slab, query, META: tl.constexpr):
     """Dot products ``[M, L]`` of the query parts with one block of keys."""
     keys = _load(tables, block, slab, query[0].dtype, META)
-    return tl.dot(query[0], tl.trans(keys), input_precision="ieee")
+    return multiply(query[0], tl.trans(keys))
 
 
 @triton.jit
 def accumulate(tables, block, slab, weights, output, dtype: tl.constexpr, META: tl.constexpr):
     """Add weights ``[M, L]`` times one block of values to the output parts."""
     values = _load(tables, block, slab, dtype, META)
-    return (tl.dot(weights.to(dtype), values, output[0], input_precision="ieee"),)
+    return (multiply_add(weights.to(dtype), values, output[0]),)
