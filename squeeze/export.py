@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from squeeze import registry
 from squeeze.attention import LayerState
+from squeeze.compress import weight_method
 from squeeze.errors import CheckpointError, RecipeError, UnsupportedError, nearest
 from squeeze.kernels.lut_linear.reference import reconstruct
 from squeeze.linear import ClusteredLinear
@@ -225,9 +225,7 @@ def rebuild(model: PreTrainedModel, config: SqueezeConfig) -> None:
     device = torch.device("meta")
     for row in plan.weights:
         linear: Any = model.get_submodule(row.module)
-        method: Any = registry.get("weights", row.method["method"])(
-            **{k: v for k, v in row.method.items() if k not in ("method", "targets", "ignore")}
-        )
+        method = weight_method(row)
         replacement = ClusteredLinear.from_weight(
             method.empty(*row.shape, device),
             linear.bias,
@@ -297,9 +295,7 @@ def artifacts_of(folder: Path) -> Artifacts:
         ) from error
     weights = {}
     for row in plan.weights:
-        method: Any = registry.get("weights", row.method["method"])(
-            **{k: v for k, v in row.method.items() if k not in ("method", "targets", "ignore")}
-        )
+        method = weight_method(row)
         empty: ClusteredWeight = method.empty(*row.shape, torch.device("meta"))
         weights[row.module] = ClusteredWeight(
             tensors[f"{row.module}.indices"],

@@ -1,6 +1,10 @@
+import lm_eval
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
+import squeeze
 from squeeze.errors import RecipeError
 from squeeze.evaluation import evaluate
 from squeeze.evaluation.harness import SqueezeLM, run_tasks
@@ -68,11 +72,7 @@ def test_long_requests_lose_their_beginning_not_their_end(pico, tokenizer):
 
 
 def test_task_files_run_each_kind_of_request(trained, tokenizer, tmp_path):
-    (tmp_path / "generate.yaml").write_text(GENERATE)
-    folder = documents.__file__.rsplit("/", 1)[0]
-    for name in ("books_perplexity", "needle"):
-        (tmp_path / f"{name}.yaml").write_text(SMALL.format(folder=folder, name=name))
-    names = ["needle_small", "books_perplexity_small", "needle_generate"]
+    names = write_tasks(tmp_path)
     results = run_tasks(trained, tokenizer, names, limit=3, include_path=tmp_path)
     assert list(results) == names
     assert results["needle_small"]["value"] == 1.0
@@ -80,6 +80,33 @@ def test_task_files_run_each_kind_of_request(trained, tokenizer, tmp_path):
     books = results["books_perplexity_small"]
     assert (books["metric"], books["mode"], books["count"]) == ("word_perplexity", "decode", 3)
     assert 1.5 < books["metrics"]["byte_perplexity"] < 4
+
+
+def write_tasks(folder):
+    (folder / "generate.yaml").write_text(GENERATE)
+    shipped = documents.__file__.rsplit("/", 1)[0]
+    for name in ("books_perplexity", "needle"):
+        (folder / f"{name}.yaml").write_text(SMALL.format(folder=shipped, name=name))
+    return ["needle_small", "books_perplexity_small", "needle_generate"]
+
+
+@pytest.mark.parametrize("adapter", [HFLM, SqueezeLM])
+def test_simple_evaluate_runs_on_a_squeezed_model(adapter, tokenizer, tmp_path):
+    result = squeeze.run(
+        "kv4", "reference", dtype="float32", evaluate=False,
+        overrides={"kv_cache.residual_length": 32, "kv_cache.block_length": 64},
+    )  # fmt: skip
+    names = write_tasks(tmp_path)
+    output = lm_eval.simple_evaluate(
+        model=adapter(pretrained=result.model, tokenizer=tokenizer, batch_size=2),
+        tasks=names,
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        limit=3,
+        bootstrap_iters=0,
+    )
+    assert output["results"]["needle_generate"]["exact_match,none"] == 1.0
+    assert output["results"]["needle_small"]["acc,none"] == 1.0
+    assert 1.5 < output["results"]["books_perplexity_small"]["byte_perplexity,none"] < 4
 
 
 def test_evaluate_hands_other_names_over(pico, tokenizer, monkeypatch):
