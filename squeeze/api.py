@@ -165,7 +165,7 @@ def run(
     loaded: Any = model
     if not isinstance(model, nn.Module):
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    with _workplace(target, parsed, info, made) as work:
+    with _work_folder(target, parsed, info, made) as work:
         stats = _calibrate(loaded, tokenizer, parsed, made, work, progress)
         artifacts = compress(
             loaded, made, stats, folder=work and work / "weights", progress=progress
@@ -240,7 +240,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _workplace(
+def _work_folder(
     output: Path | None, recipe: Recipe, info: ModelInfo, made: Plan
 ) -> Iterator[Path | None]:
     """Give a folder for work in progress; it goes once the output is there."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from squeeze import registry
+from squeeze import plan_table, registry
 from squeeze.errors import DeviceError, RecipeError, UnsupportedError, nearest
 from squeeze.model_info import SINK_LOGITS, AttentionInfo, ModelInfo, require_packable
 from squeeze.quant.kv._raw import RawBlocks
@@ -143,7 +143,7 @@ class Plan:
 
     def table(self) -> str:
         """Lay the plan out as text, rows that repeat over layers folded into one."""
-        return "\n".join(_table(self))
+        return "\n".join(plan_table.lines(self))
 
 
 def _tupled(item: dict[str, Any]) -> dict[str, Any]:
@@ -182,12 +182,14 @@ def make_plan(
         reasons = sorted({row.reason for row in rows if row.reason})
         for reason in reasons:
             layers = [row.layer for row in rows if row.reason == reason]
-            notes.append(f"{what} of layers {_ranges(layers)} stays dense: {reason}")
+            notes.append(f"{what} of layers {plan_table.ranges(layers)} stays dense: {reason}")
     if weights:
         done = {row.module for row in weights}
         left = [name for name in info.linears if name not in done]
         if left:
-            notes.append(f"{len(left)} linear layers stay dense: {', '.join(_fold(left))}")
+            notes.append(
+                f"{len(left)} linear layers stay dense: {', '.join(plan_table.fold(left))}"
+            )
     kv = recipe.kv_cache
     sink_tokens, residual = (kv.sink_tokens, kv.residual_length) if kv else (0, 0)
     saved = sum(row.bytes_before - row.bytes_after for row in weights)
@@ -278,7 +280,8 @@ def _weights(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable[W
             raise RecipeError(
                 f"{recipe.origin}: weights.{i}.targets",
                 f"{list(rule.targets)} matches no linear layer of this {info.model_type} model",
-                ", ".join(_fold(list(info.linears))[:12]) or "nothing here is an nn.Linear",
+                ", ".join(plan_table.fold(list(info.linears))[:12])
+                or "nothing here is an nn.Linear",
                 "Name modules or parts of their names",
             )
         chosen |= dict.fromkeys(hit, rule)
@@ -468,102 +471,3 @@ def _kv_bytes(
         packed = blocks * row.block_length * values * (row.key_bits + row.value_bits) / 8
         after += packed + 2 * values * exact * item + row.constant_bytes / batch
     return {"before": round(before * batch), "after": round(after * batch)}
-
-
-def _fold(names: list[str]) -> list[str]:
-    return sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
-
-
-def _ranges(layers: list[int]) -> str:
-    parts: list[str] = []
-    for layer in sorted(layers):
-        first, _, last = parts[-1].partition("-") if parts else ("", "", "")
-        if parts and int(last or first) == layer - 1:
-            parts[-1] = f"{first}-{layer}"
-        else:
-            parts.append(str(layer))
-    return ", ".join(parts)
-
-
-def _spell(method: dict[str, Any]) -> str:
-    parameters = ", ".join(f"{k} {_plain(v)}" for k, v in method.items() if k != "method")
-    return f"{method['method']} ({parameters})" if parameters else method["method"]
-
-
-def _plain(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _table(plan: Plan) -> Iterable[str]:
-    yield (
-        f"{plan.model} ({plan.model_type}, {plan.dtype}, {plan.device}): "
-        f"statistics {', '.join(plan.statistics) or 'none'}"
-    )
-    groups: dict[tuple[str, ...], list[tuple[int, int]]] = {}
-    for row in plan.weights:
-        key = (
-            re.sub(r"\.\d+\.", ".*.", row.module),
-            _spell(row.method),
-            row.implementation,
-            f"{row.effective_bits:.3f}",
-        )
-        groups.setdefault(key, []).append((row.bytes_before, row.bytes_after))
-    for kv in plan.kv_cache:
-        if kv.keys and kv.values:
-            bits = f"{(kv.key_bits + kv.value_bits) / 2:.3f}"
-            text = f"keys {_spell(kv.keys)}; values {_spell(kv.values)}"
-            groups.setdefault(
-                (re.sub(r"\.\d+\.", ".*.", kv.module) + " cache", text, kv.implementation, bits), []
-            ).append((0, 0))
-    for item in plan.prefill:
-        if item.policy:
-            groups.setdefault(
-                (
-                    re.sub(r"\.\d+\.", ".*.", item.module) + " prefill",
-                    _spell(item.policy),
-                    item.implementation,
-                    "",
-                ),
-                [],
-            ).append((0, 0))
-    rows = [("module", "count", "method", "implementation", "bits", "before", "after")]
-    for (module, method, implementation, bits), sizes in groups.items():
-        before, after = (sum(s) for s in zip(*sizes, strict=True))
-        rows.append(
-            (
-                module,
-                str(len(sizes)),
-                method,
-                implementation,
-                bits,
-                size(before) if before else "",
-                size(after) if after else "",
-            )
-        )
-    if len(rows) > 1:
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        for row_ in rows:
-            yield "  ".join(cell.ljust(w) for cell, w in zip(row_, widths, strict=True)).rstrip()
-    else:
-        yield "nothing changes: the model stays dense"
-    bits_ = plan.effective_bits
-    yield (
-        f"effective bits: weights {bits_['weights']:.3f}, keys {bits_['keys']:.3f}, "
-        f"values {bits_['values']:.3f}"
-    )
-    yield (
-        f"weights: {size(plan.weight_bytes['before'])} -> {size(plan.weight_bytes['after'])}; "
-        f"KV cache at {plan.context} tokens x batch {plan.batch}: "
-        f"{size(plan.kv_bytes['before'])} -> {size(plan.kv_bytes['after'])} "
-        f"(constant tables {size(plan.kv_constant_bytes)})"
-    )
-    yield from (f"note: {note}" for note in plan.notes)
-
-
-def size(count: float) -> str:
-    """Write bytes for people: ``31.5 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"

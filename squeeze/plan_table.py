@@ -1,0 +1,112 @@
+"""A plan as text for people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from squeeze.plan import Plan
+
+
+def fold(names: Iterable[str]) -> list[str]:
+    """Write names that differ by a layer number once, with a star in its place."""
+    return sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+
+
+def ranges(layers: list[int]) -> str:
+    """Write layer numbers as ``0-3, 7``."""
+    parts: list[str] = []
+    for layer in sorted(layers):
+        first, _, last = parts[-1].partition("-") if parts else ("", "", "")
+        if parts and int(last or first) == layer - 1:
+            parts[-1] = f"{first}-{layer}"
+        else:
+            parts.append(str(layer))
+    return ", ".join(parts)
+
+
+def _spell(method: dict[str, Any]) -> str:
+    parameters = ", ".join(f"{k} {_plain(v)}" for k, v in method.items() if k != "method")
+    return f"{method['method']} ({parameters})" if parameters else method["method"]
+
+
+def _plain(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def lines(plan: Plan) -> Iterable[str]:
+    """Lay a plan out as text, rows that repeat over layers folded into one."""
+    yield (
+        f"{plan.model} ({plan.model_type}, {plan.dtype}, {plan.device}): "
+        f"statistics {', '.join(plan.statistics) or 'none'}"
+    )
+    groups: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    for row in plan.weights:
+        key = (
+            re.sub(r"\.\d+\.", ".*.", row.module),
+            _spell(row.method),
+            row.implementation,
+            f"{row.effective_bits:.3f}",
+        )
+        groups.setdefault(key, []).append((row.bytes_before, row.bytes_after))
+    for kv in plan.kv_cache:
+        if kv.keys and kv.values:
+            bits = f"{(kv.key_bits + kv.value_bits) / 2:.3f}"
+            text = f"keys {_spell(kv.keys)}; values {_spell(kv.values)}"
+            groups.setdefault(
+                (re.sub(r"\.\d+\.", ".*.", kv.module) + " cache", text, kv.implementation, bits), []
+            ).append((0, 0))
+    for item in plan.prefill:
+        if item.policy:
+            groups.setdefault(
+                (
+                    re.sub(r"\.\d+\.", ".*.", item.module) + " prefill",
+                    _spell(item.policy),
+                    item.implementation,
+                    "",
+                ),
+                [],
+            ).append((0, 0))
+    rows = [("module", "count", "method", "implementation", "bits", "before", "after")]
+    for (module, method, implementation, bits), sizes in groups.items():
+        before, after = (sum(s) for s in zip(*sizes, strict=True))
+        rows.append(
+            (
+                module,
+                str(len(sizes)),
+                method,
+                implementation,
+                bits,
+                size(before) if before else "",
+                size(after) if after else "",
+            )
+        )
+    if len(rows) > 1:
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for row_ in rows:
+            yield "  ".join(cell.ljust(w) for cell, w in zip(row_, widths, strict=True)).rstrip()
+    else:
+        yield "nothing changes: the model stays dense"
+    bits_ = plan.effective_bits
+    yield (
+        f"effective bits: weights {bits_['weights']:.3f}, keys {bits_['keys']:.3f}, "
+        f"values {bits_['values']:.3f}"
+    )
+    yield (
+        f"weights: {size(plan.weight_bytes['before'])} -> {size(plan.weight_bytes['after'])}; "
+        f"KV cache at {plan.context} tokens x batch {plan.batch}: "
+        f"{size(plan.kv_bytes['before'])} -> {size(plan.kv_bytes['after'])} "
+        f"(constant tables {size(plan.kv_constant_bytes)})"
+    )
+    yield from (f"note: {note}" for note in plan.notes)
+
+
+def size(count: float) -> str:
+    """Write bytes for people: ``31.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
