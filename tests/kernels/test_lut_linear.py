@@ -1,5 +1,6 @@
 """The clustered linear layer: every layout by the reference, the kernels against float64."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -114,11 +115,18 @@ def test_kernel_keeps_leading_dimensions_and_takes_no_rows():
     assert empty.shape == (0, 1, 5)
 
 
+def gpu_cases():
+    """Every combination; those beyond one per kernel variant compile for minutes and are slow."""
+    widths, every_rows = range(1, 9), (1, 3, 16, 100, 300)
+    for case in itertools.product(every_rows, widths, SHARING, ("int8", "float16")):
+        rows, bits, sharing, entries = case
+        common = (sharing, entries) == ("row", "int8")
+        quick = rows in (1, 16, 300) if common else (rows, bits) in {(1, 3), (16, 4), (300, 5)}
+        yield pytest.param(*case, marks=[] if quick else pytest.mark.slow)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("sharing", SHARING)
-@pytest.mark.parametrize("entries", ["int8", "float16"])
-@pytest.mark.parametrize("rows", [1, 3, 16, 100, 300])
+@pytest.mark.parametrize(("rows", "bits", "sharing", "entries"), list(gpu_cases()))
 def test_kernels_match_float64_on_the_gpu(rows, bits, sharing, entries):
     weight, _ = clustered(333, 1000, bits, sharing, entries, device="cuda")
     x = guarded(torch.randn(rows, 1000, device="cuda").bfloat16())
