@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from squeeze import registry
 from squeeze.calibrate import Stats
@@ -74,19 +74,20 @@ def _fit(
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary)
         temporary.replace(path)
-    return _assemble(method, row, tensors)
+    return assemble(method, row, tensors)
 
 
 def _resume(path: Path | None, row: WeightPlan) -> ClusteredWeight | None:
     if path is None or not path.is_file():
         return None
     try:
-        return _assemble(weight_method(row), row, load_file(path))
+        return assemble(weight_method(row), row, load_file(path))
     except (SafetensorError, KeyError):
         return None  # written by a run that was killed before the rename was durable
 
 
-def _assemble(method: Any, row: WeightPlan, tensors: Tensors) -> ClusteredWeight:
+def assemble(method: Any, row: WeightPlan, tensors: Mapping[str, Tensor]) -> ClusteredWeight:
+    """Put stored tensors back into the clustered weight that one row of the plan describes."""
     empty: ClusteredWeight = method.empty(*row.shape, torch.device("meta"))
     return ClusteredWeight(
         tensors["indices"],

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from squeeze.attention import LayerState
-from squeeze.compress import weight_method
+from squeeze.compress import assemble, weight_method
 from squeeze.errors import CheckpointError, RecipeError, UnsupportedError, nearest
 from squeeze.kernels.lut_linear.reference import reconstruct
 from squeeze.linear import ClusteredLinear
@@ -295,17 +295,9 @@ def artifacts_of(folder: Path) -> Artifacts:
         ) from error
     weights = {}
     for row in plan.weights:
-        method = weight_method(row)
-        empty: ClusteredWeight = method.empty(*row.shape, torch.device("meta"))
-        weights[row.module] = ClusteredWeight(
-            tensors[f"{row.module}.indices"],
-            tensors[f"{row.module}.codebook"],
-            tensors.get(f"{row.module}.scale"),
-            empty.bits,
-            empty.shape,
-            empty.rows,
-            empty.columns,
-        )
+        parts = ("indices", "codebook", "scale")
+        stored = {p: tensors[f"{row.module}.{p}"] for p in parts if f"{row.module}.{p}" in tensors}
+        weights[row.module] = assemble(weight_method(row), row, stored)
     tables = {name: tensors[name] for name in _read_config(folder).get("tables", {})}
     return Artifacts(plan, weights, tables)
 
