@@ -426,6 +426,7 @@ class PackedLayer(DynamicLayer):
         Raises:
             UnsupportedError: tokens that are packed already would have to go.
         """
+        max_length = int(max_length)  # generate() may pass a tensor, which would alias the counts
         drop = -max_length if max_length <= 0 else max(0, self.total - max_length)
         if not drop or not self.is_initialized:
             return
