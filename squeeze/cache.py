@@ -333,7 +333,7 @@ class PackedLayer(DynamicLayer):
                 blocks = side.encode(span.unflatten(2, (n, length)).permute(2, 0, 1, 3, 4))
                 batch = keys.shape[0]
                 like = {k: v[:, :1].expand(-1, batch, *v.shape[2:]) for k, v in blocks.items()}
-                storage.grow(start + count if first == 0 else start + first + n, like)
+                storage.grow(start + count, like)
                 storage.write(start + first, index, blocks)
         before = list(self.blocks)
         for row in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from squeeze import registry
+from squeeze.attention import table_name
 from squeeze.calibrate import Stats
 from squeeze.plan import Plan, WeightPlan
 from squeeze.swapping import Artifacts, chain
@@ -89,14 +91,11 @@ def _resume(path: Path | None, row: WeightPlan) -> ClusteredWeight | None:
 def assemble(method: Any, row: WeightPlan, tensors: Mapping[str, Tensor]) -> ClusteredWeight:
     """Put stored tensors back into the clustered weight that one row of the plan describes."""
     empty: ClusteredWeight = method.empty(*row.shape, torch.device("meta"))
-    return ClusteredWeight(
-        tensors["indices"],
-        tensors["codebook"],
-        tensors.get("scale"),
-        empty.bits,
-        empty.shape,
-        empty.rows,
-        empty.columns,
+    return replace(
+        empty,
+        indices=tensors["indices"],
+        codebook=tensors["codebook"],
+        scale=tensors.get("scale"),
     )
 
 
@@ -107,6 +106,6 @@ def _tables(plan: Plan, stats: Stats | None) -> Tensors:
             for stage, method in chain(settings) if settings else ():
                 needed = {n: stats.tensors[n][row.module] for n in method.statistics if stats}
                 for name, table in method.fit(needed).items():
-                    full = f"{row.module}.squeeze.{side}_{stage}_{name}"
+                    full = f"{row.module}.squeeze.{table_name(side, stage, name)}"
                     tables[full] = table.detach().cpu().contiguous()
     return tables

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from squeeze.linear import ClusteredLinear
 from squeeze.plan import Plan, resolve_implementation
 from squeeze.quantizer import SqueezeConfig, SqueezeQuantizer
 from squeeze.swapping import Artifacts, Swap, attach_attention, finish, replace_module
-from squeeze.types import ClusteredWeight, Implementation, resolve_dtype
+from squeeze.types import Implementation, resolve_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -327,17 +328,7 @@ def export_compressed_tensors(
             )
         for part in ("indices", "codebook", "scale"):
             state.pop(f"{name}.{part}")
-        entries = reconstruct(
-            ClusteredWeight(
-                weight.indices,
-                weight.codebook,
-                None,
-                weight.bits,
-                weight.shape,
-                weight.rows,
-                weight.columns,
-            )
-        )
+        entries = reconstruct(replace(weight, scale=None))
         state[f"{name}.weight"] = entries.to(torch.int8)
         state[f"{name}.weight_scale"] = weight.scale.float().view(-1, 1)
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]

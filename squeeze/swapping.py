@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -125,8 +125,9 @@ def swap(model: PreTrainedModel, artifacts: Artifacts, *, keep_dense: bool = Tru
         attach_attention(done, artifacts.plan, artifacts.tables)
         if expected is not None:
             _self_test(model, expected)
+        modules = dict(model.named_modules())
         for row in artifacts.plan.weights:
-            original = _linear(model, row.module, row.shape)
+            original = _linear(modules, row.module, row.shape)
             weight = artifacts.weights[row.module]
             done.modules[row.module] = original
             device = original.weight.device
@@ -244,8 +245,8 @@ def _move(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if device.type == "meta" else tensor.to(device)
 
 
-def _linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear:
-    module = dict(model.named_modules()).get(name)
+def _linear(modules: Mapping[str, nn.Module], name: str, shape: tuple[int, int]) -> nn.Linear:
+    module = modules.get(name)
     if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != tuple(shape):
         found = type(module).__name__ if module is not None else "nothing"
         raise UnsupportedError(
@@ -259,14 +260,11 @@ def _linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear:
 
 def _to(weight: ClusteredWeight, device: torch.device) -> ClusteredWeight:
     scale = None if weight.scale is None else weight.scale.to(device)
-    return ClusteredWeight(
-        weight.indices.to(device),
-        weight.codebook.to(device),
-        scale,
-        weight.bits,
-        weight.shape,
-        weight.rows,
-        weight.columns,
+    return replace(
+        weight,
+        indices=weight.indices.to(device),
+        codebook=weight.codebook.to(device),
+        scale=scale,
     )
 
 
