@@ -22,20 +22,29 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from squeeze.kernels.decode_attention.api import decode_attention
 from squeeze.quant.kv.affine import Affine
+from squeeze.quant.kv.bitmap import Bitmap
+from squeeze.quant.kv.float8 import Float8
+from squeeze.quant.kv.graded import Graded
+from squeeze.quant.kv.product_quantization import ProductQuantization
 from squeeze.types import Implementation, PackedBlocks, Tensors, bytes_of
 
 OP = "decode_attention"
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SHAPES = ((1, 4096), (1, 32768), (1, 131072), (8, 32768))
-FORMATS = (
-    (Affine(4, "channel", 128), Affine(4, "token", 128)),
-    (Affine(4, "channel", 64), Affine(4, "token", 64)),
-    (Affine(2, "channel", 64), Affine(2, "token", 64)),
-    (Affine(8, "channel", 64), Affine(8, "token", 64)),
-)
+FORMATS: dict[str, tuple[Any, Any]] = {
+    "4 bits g128": (Affine(4, "channel", 128), Affine(4, "token", 128)),
+    "4 bits g64": (Affine(4, "channel", 64), Affine(4, "token", 64)),
+    "2 bits g128": (Affine(2, "channel", 128), Affine(2, "token", 128)),
+    "2 bits g64": (Affine(2, "channel", 64), Affine(2, "token", 64)),
+    "graded 4,0 keys, 2-bit values": (Graded((4, 0)), Affine(2, "token", 128)),
+    "8 bits g128": (Affine(8, "channel", 128), Affine(8, "token", 128)),
+    "float8": (Float8(), Float8()),
+    "bitmap 70%, 4 bits": (Bitmap(), Bitmap()),
+    "product quantization": (ProductQuantization(8, 2), ProductQuantization(8, 2)),
+}
 BLOCK, EXACT = 128, 128
 SCALING = HEAD_DIM**-0.5
-ROTATED_BYTES, REPLAYS = 256 * 2**20, 20
+ROTATED_BYTES, REPLAYS, SAMPLED = 256 * 2**20, 20, 13
 
 
 def run(device: str | torch.device, repeats: int = REPLAYS) -> Iterator[dict[str, Any]]:
@@ -56,8 +65,8 @@ def run(device: str | torch.device, repeats: int = REPLAYS) -> Iterator[dict[str
 def _rows(batch: int, length: int, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
     """Measure one shape, cuDNN first."""
     yield from _dense(batch, length, device, repeats)
-    for formats in FORMATS:
-        yield _packed(batch, length, *formats, device, repeats)
+    for name in FORMATS:
+        yield _packed(batch, length, name, device, repeats)
 
 
 def _dense(batch: int, length: int, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
@@ -82,19 +91,21 @@ def _dense(batch: int, length: int, device: torch.device, repeats: int) -> Itera
 
 
 def _packed(
-    batch: int, length: int, keys: Affine, values: Affine, device: torch.device, repeats: int
+    batch: int, length: int, name: str, device: torch.device, repeats: int
 ) -> dict[str, Any]:
     """Measure ours: all but the last 128 tokens packed."""
     blocks = (length - EXACT) // BLOCK
-    first = [_random_blocks(format, blocks, batch, device) for format in (keys, values)]
+    formats = FORMATS[name]
+    bits = sum(format.bits_per_value(HEAD_DIM) for format in formats) / 2
+    first = [_random_blocks(format, blocks, batch, device) for format in formats]
     size = sum(bytes_of(side.segments[0]) for side in first)
     size += 4 * batch * KV_HEADS * EXACT * HEAD_DIM
     copies = [first]
     for _ in range(_copies(size) - 1):
-        copies.append([_random_blocks(format, blocks, batch, device) for format in (keys, values)])
+        copies.append([_random_blocks(format, blocks, batch, device) for format in formats])
     calls = [_call(*pair, blocks, batch, device) for pair in copies]
-    name = f"squeeze k{keys.bits} g{keys.group_size} v{values.bits} g{values.group_size}"
-    return _row(batch, length, name, size, _median_us(calls, repeats), baseline=False)
+    row = _row(batch, length, f"squeeze {name}", size, _median_us(calls, repeats), baseline=False)
+    return row | {"effective_bits": bits}
 
 
 def _call(
@@ -124,24 +135,27 @@ def _call(
     return call
 
 
-def _random_blocks(format: Affine, blocks: int, batch: int, device: torch.device) -> PackedBlocks:
-    """Fill blocks with random codes, every pattern of which is valid, and small constants."""
-    shapes = format.encode(torch.zeros(1, BLOCK, HEAD_DIM), {})
-    segment: Tensors = {}
-    for name, like in shapes.items():
-        shape = (blocks, batch, KV_HEADS, *like.shape[1:])
-        if name == "codes":
-            full = torch.iinfo(torch.int32)
-            segment[name] = torch.randint(
-                full.min, full.max, shape, dtype=torch.int32, device=device
-            )
-        else:
-            segment[name] = (torch.rand(shape, device=device) / 2**format.bits).half()
+def _random_blocks(format: Any, blocks: int, batch: int, device: torch.device) -> PackedBlocks:
+    """Encode a few blocks of noise, and fill all others with copies of them."""
+    parameters = {name: table.to(device) for name, table in _parameters(format).items()}
+    noise = torch.randn(SAMPLED, KV_HEADS, BLOCK, HEAD_DIM, device=device)
+    few = format.encode(noise, parameters)
+    places = torch.arange(blocks * batch, device=device).view(blocks, batch) % SAMPLED
+    segment = {name: x[places] for name, x in few.items()}
     addresses = {
         name: torch.arange(blocks, device=device) * (x[0].numel() * x.element_size()) + x.data_ptr()
         for name, x in segment.items()
     }
-    return PackedBlocks(format, {}, (segment,), BLOCK, addresses)
+    return PackedBlocks(format, parameters, (segment,), BLOCK, addresses)
+
+
+def _parameters(format: Any) -> Tensors:
+    """Stand in for the codebooks that calibration would fit."""
+    if not format.statistics:
+        return {}
+    count = HEAD_DIM // format.subvector
+    codebook = torch.randn(KV_HEADS, 2**format.bits, count, format.subvector).half()
+    return {"codebook": codebook, "root": torch.ones(KV_HEADS, count, format.subvector)}
 
 
 def _copies(size: int) -> int:
@@ -152,6 +166,7 @@ def _copies(size: int) -> int:
 def _median_us(calls: list[Callable[[], Any]], repeats: int) -> float:
     """Time the calls as one graph, and return the median of a replay over their number."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()
@@ -185,14 +200,13 @@ def _row(
 
 
 def compare_settings(device: str | torch.device = "cuda") -> None:
-    """Print the time of every launch setting."""
-    from squeeze.kernels.decode_attention import tuning
+    """Print the time of every launch setting of the streaming kernel."""
+    from squeeze.kernels.decode_attention import streamed, tuning
 
-    for formats, (batch, length) in itertools.product(FORMATS, SHAPES[::2]):
-        for setting in tuning.CANDIDATES:
-            tuning.default = lambda warps, tile, setting=setting: setting
-            tuning.WORTH_TUNING = 2**62
-            row = _packed(batch, length, *formats, torch.device(device), 5)
+    for name, (batch, length) in itertools.product(FORMATS, SHAPES):
+        for setting in streamed.SETTINGS:
+            tuning.choose = lambda *_, setting=setting: setting
+            row = _packed(batch, length, name, torch.device(device), 5)
             print(*setting, row["shape"], row["implementation"], row["median_us"], flush=True)
 
 

@@ -43,7 +43,7 @@ def replace(text: str, name: str, content: str) -> str:
     before, opening, rest = text.partition(f"<!-- {name}: ")
     command, closing, rest = rest.partition("-->\n")
     _, end, after = rest.partition(f"<!-- end of {name} -->")
-    assert opening and closing and end, f"README.md has lost the markers of {name}"
+    assert opening and closing and end, f"the markers of {name} are lost"
     return f"{before}{opening}{command}{closing}{content}{end}{after}"
 
 

@@ -17,6 +17,8 @@ from squeeze.quantizer import register as _register
 
 if TYPE_CHECKING:
     from squeeze.api import Result, evaluate, load, load_tokenizer, run
+    from squeeze.cache_hook import static_cache
+    from squeeze.prompt import load_prompt, save_prompt
     from squeeze.swapping import Artifacts, swap
 
 __version__ = "0.1.0"
@@ -26,8 +28,11 @@ __all__ = [
     "SqueezeError",
     "evaluate",
     "load",
+    "load_prompt",
     "load_tokenizer",
     "run",
+    "save_prompt",
+    "static_cache",
     "swap",
 ]
 

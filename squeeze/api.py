@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +16,27 @@ from torch import nn
 from squeeze import environment
 from squeeze import export as export_module
 from squeeze import recipe as recipe_module
+from squeeze.cache_hook import static_cache
 from squeeze.calibrate import Stats, calibrate
 from squeeze.compress import compress
-from squeeze.errors import CheckpointError, RecipeError
+from squeeze.errors import CheckpointError, RecipeError, nearest
 from squeeze.evaluation import check_tasks, evaluate
-from squeeze.evaluation.inspection import Sensitivity, inspect_layers
+from squeeze.evaluation.inspection import PARTS, Sensitivity, inspect_layers
 from squeeze.evaluation.scoring import Progress
+from squeeze.evaluation.sensitivity import measure_and_allocate
 from squeeze.evaluation.suite import (
     SPEED_TOKENS,
+    calibration_texts,
     calibration_tokens,
     layer_costs,
     measure,
     prefill_density,
 )
+from squeeze.key_biases import find_huge
 from squeeze.loading import load_model, load_tokenizer
 from squeeze.model_info import ModelInfo, describe, locate
-from squeeze.plan import Plan, make_plan, resolve_device
+from squeeze.plan import KV_LOSS, Plan, make_plan, resolve_device
+from squeeze.prompt import load_prompt, save_prompt
 from squeeze.recipe import Recipe
 from squeeze.report import Report
 from squeeze.swapping import Artifacts, Swap, swap
@@ -47,9 +52,12 @@ __all__ = [
     "export",
     "inspect_model",
     "load",
+    "load_prompt",
     "load_tokenizer",
     "plan",
     "run",
+    "save_prompt",
+    "static_cache",
     "swap",
 ]
 
@@ -165,8 +173,11 @@ def run(
     loaded: Any = model
     if not isinstance(model, nn.Module):
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        # Biases are known now; all else was planned, and refused, before the weights were read.
+        info = replace(info, key_biases=find_huge(loaded, info.attention))
+        made = make_plan(parsed, info, device=device)
     with _work_folder(target, parsed, info, made) as work:
-        stats = _calibrate(loaded, tokenizer, parsed, made, work, progress)
+        made, stats = _calibrate(loaded, tokenizer, parsed, made, work, progress)
         artifacts = compress(
             loaded, made, stats, folder=work and work / "weights", progress=progress
         )
@@ -279,17 +290,25 @@ def fingerprint(info: ModelInfo) -> list[Any]:
 
 def _calibrate(
     model: Any, tokenizer: Any, recipe: Recipe, made: Plan, work: Path | None, progress: Any
-) -> Stats | None:
-    if not made.statistics:
-        return None
-    tokens = calibration_tokens(tokenizer, recipe.calibration)
-    return calibrate(
-        model,
-        tokens.to(model.device),
-        set(made.statistics),
-        folder=work and work / "statistics",
-        progress=progress,
-    )
+) -> tuple[Plan, Stats | None]:
+    """Measure what the plan's methods ask for, and settle what the recipe left open."""
+    folder, stats = work and work / "statistics", None
+    needed = set(made.statistics) - {KV_LOSS}
+    if needed:
+        tokens = calibration_tokens(tokenizer, recipe.calibration).to(model.device)
+        stats = calibrate(model, tokens, needed, folder=folder, progress=progress)
+    if made.allocation is not None:
+        made, stats = measure_and_allocate(
+            model,
+            tokenizer,
+            made,
+            stats,
+            calibration_texts(recipe.calibration),
+            seed=recipe.calibration.seed,
+            folder=folder,
+            progress=progress,
+        )
+    return made, stats
 
 
 def _mean(rows: list[list[float]]) -> float:
@@ -394,6 +413,8 @@ def inspect_model(
     model: str | Path | PreTrainedModel,
     *,
     bits: Sequence[int] = (2, 3, 4),
+    parts: Sequence[str] = PARTS,
+    mean_bits: float | None = None,
     tokenizer: Any = None,
     seed: int | None = None,
     device: str | None = None,
@@ -401,11 +422,13 @@ def inspect_model(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Sensitivity:
-    """Measure how much loss each layer adds when it alone is squeezed.
+    """Measure how much loss each layer adds when it alone is squeezed, and say what follows.
 
     Args:
         model: Name, path or loaded dense model.
         bits: Nominal widths to try on weights, keys and values.
+        parts: Any of ``weights``, ``keys``, ``values``; keys and values go together.
+        mean_bits: Bound of the recommended ``kv_cache``; by default halfway between the widths.
         tokenizer: For a loaded model; by default the one its name or path has.
         seed: Of the calibration text.
         device: ``"cpu"`` or ``"cuda"``; by default a GPU if there is one.
@@ -416,6 +439,10 @@ def inspect_model(
     for width in bits:
         if width not in (2, 3, 4, 8):
             raise RecipeError("--bits", f"got {width}", "2, 3, 4, 8", "Choose among these")
+    for part in parts:
+        if part not in PARTS:
+            hint = nearest(part, PARTS) or "Choose among these"
+            raise RecipeError("--parts", f"unknown part {part!r}", ", ".join(PARTS), hint)
     loaded: Any = model
     if not isinstance(model, nn.Module):
         loaded = load_model(
@@ -427,4 +454,12 @@ def inspect_model(
     if tokenizer is None:
         source = loaded.config._name_or_path if isinstance(model, nn.Module) else model
         tokenizer = load_tokenizer(source, trust_remote_code)
-    return inspect_layers(loaded, tokenizer, bits, seed=seed or 0, progress=progress)
+    return inspect_layers(
+        loaded,
+        tokenizer,
+        bits,
+        parts=parts,
+        mean_bits=mean_bits,
+        seed=seed or 0,
+        progress=progress,
+    )

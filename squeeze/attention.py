@@ -1,4 +1,4 @@
-"""The attention function that squeezed models run, and the hook that hands them a packed cache.
+"""The attention function that squeezed models run.
 
 transformers calls one function for every attention layer. Ours reads, from the attention module,
 what the swap attached to it: the first call over an empty cache goes to the prefill policy or to
@@ -7,7 +7,6 @@ the model's own attention, later calls to the packed cache.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from squeeze.cache import Handle, LayerSpec, PackedCache, Side, adopt
+from squeeze.cache import Handle, LayerSpec, Side
 from squeeze.errors import UnsupportedError
 from squeeze.kernels.block_sparse_attention.api import block_sparse_attention
 from squeeze.sparsify.index import density
@@ -39,6 +38,7 @@ class KVSettings:
     block_length: int
     sink_tokens: int
     residual_length: int
+    offload: bool = False
 
 
 def table_name(side: str, stage: str, name: str) -> str:
@@ -87,6 +87,7 @@ class LayerState(nn.Module):
             kv.sink_tokens,
             kv.residual_length,
             self.implementation,
+            kv.offload,
         )
 
     def _side(self, side: str, chain: tuple[tuple[str, Any], ...]) -> Side:
@@ -233,76 +234,3 @@ def _sparse(
         implementation=state.implementation,
     )
     return output
-
-
-class CacheHook:
-    """Forward pre-hook of the decoder: supplies a packed cache and tells it the padding.
-
-    Args:
-        config: The decoder's configuration.
-        states: Layer index to what the swap attached there.
-    """
-
-    def __init__(self, config: Any, states: dict[int, LayerState]) -> None:
-        self.config, self.states = config, states
-        self.packs = any(state.kv is not None for state in states.values())
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Replace an absent or empty cache; refuse masks that a packed cache cannot honour."""
-        if args:
-            names = list(inspect.signature(module.forward).parameters)
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache = kwargs.get("past_key_values")
-        use_cache = kwargs.get("use_cache")
-        use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
-        if self.packs and not isinstance(cache, PackedCache) and (use_cache or cache is not None):
-            specs = {i: state.spec() for i, state in self.states.items() if state.kv is not None}
-            cache = kwargs["past_key_values"] = adopt(cache, self.config, specs)
-        past = cache.get_seq_length() if cache is not None else 0
-        pads, right = read_padding(kwargs, past)
-        if isinstance(cache, PackedCache):
-            if past and cache.padded_right:
-                raise _mask_error("of an earlier call was padded on the right")
-            cache.padded_right = cache.padded_right or right
-            if pads is not None:
-                cache.set_padding(pads)
-        for state in self.states.values():
-            state.padding = pads
-        return (), kwargs
-
-
-def read_padding(kwargs: dict[str, Any], past: int) -> tuple[list[int] | None, bool]:
-    """Read the padding of a decoder call off its ``[B, T]`` mask.
-
-    Returns:
-        Left padding per row, or ``None`` where nothing new is known, and whether a row is padded
-        on the right: harmless within one call, wrong for a cache that goes on.
-
-    Raises:
-        UnsupportedError: the mask has another form, or zeros between ones.
-    """
-    mask, tokens = kwargs.get("attention_mask"), kwargs.get("input_ids")
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    if mask is None or (past and tokens is not None and tokens.shape[1] == 1):
-        # One more token: what was read at the prompt still holds, and the device is not awaited.
-        return None, False
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise _mask_error(f"is {'several masks' if isinstance(mask, dict) else tuple(mask.shape)}")
-    real = mask.to("cpu").bool()
-    lengths, width = real.sum(1), real.shape[1]
-    pads = torch.where(lengths > 0, real.int().argmax(1), width)
-    tails = torch.where(lengths > 0, real.flip(1).int().argmax(1), 0)
-    if bool((pads + lengths + tails != width).any()):
-        raise _mask_error("has zeros between ones")
-    return [int(pad) for pad in pads], bool((tails > 0).any())
-
-
-def _mask_error(what: str) -> UnsupportedError:
-    return UnsupportedError(
-        "attention_mask",
-        f"the mask {what}",
-        "a [batch, tokens] mask with padding on the left",
-        "Set tokenizer.padding_side = 'left'",
-    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from squeeze.errors import CheckpointError, UnsupportedError
 from squeeze.model_info import describe
 
-STATISTICS = ("fisher", "key_mean")
+STATISTICS = ("fisher", "key_mean", "kv_importance", "kv_samples")
+SAMPLED_TOKENS = 8192  # of every layer, over all samples
+OBSERVED = "squeeze_observed"  # our attention function that shows its queries
 GROUP = 4  # samples carried through a layer together, and between two saves
 PARTIAL = "calibration.partial.safetensors"
 
@@ -35,7 +40,8 @@ class Stats:
 
     Attributes:
         tensors: By statistic, then by module name: ``fisher`` float32 ``[out, in]`` of linear
-            layers, ``key_mean`` float32 ``[H_kv, D]`` of attention modules.
+            layers; of attention modules ``key_mean`` float32 ``[H_kv, D]``, ``kv_samples`` float16
+            ``[2, H_kv, N, D]`` and ``kv_importance`` float32 ``[2, H_kv, D]``, keys first.
         samples: Sequences that were read.
         tokens: Tokens that were read, over all sequences.
     """
@@ -92,13 +98,17 @@ def calibrate(
     devices it has the model's dtype. Accumulators are float32 on the CPU.
 
     ``fisher`` is, per linear layer of a decoder layer, the squared gradient of the summed
-    next-token loss with respect to the weight, averaged over samples. ``key_mean`` is the mean
-    over tokens of the keys that attention sees, after RoPE.
+    next-token loss with respect to the weight, averaged over samples. ``key_mean`` is the mean over
+    tokens of the keys that attention sees, after RoPE. ``kv_samples`` are the keys and values of
+    evenly spaced tokens, 8192 over all samples (rounded up to the same number in each, or all there
+    are), the samples spread over the positions that the model has. ``kv_importance`` is what an
+    error of a channel counts: of keys the mean square of the queries that read the head, after
+    RoPE; of values 1.
 
     Args:
         model: A decoder-only Hugging Face causal language model; unchanged on return.
         tokens: int64 ``[N, T]``, one sample per row, no padding.
-        statistics: Any of ``fisher``, ``key_mean``; empty returns at once.
+        statistics: Any of ``STATISTICS``; empty returns at once.
         folder: Where to save progress after every few samples. A killed run with the same folder,
             model and tokens resumes there and gives the same bits.
         progress: Called as ``progress("calibrate", samples done, samples)``.
@@ -128,7 +138,7 @@ def calibrate(
     try:
         while done < len(tokens):
             group = tokens[done : done + GROUP]
-            run.group(group)
+            run.group(group, done)
             done += len(group)
             if folder:
                 run.save(folder, done)
@@ -167,20 +177,25 @@ class _Recorded(Exception):  # noqa: N818
     """Every decoder layer's arguments are known; the rest of the forward is not needed."""
 
 
-class _KeySums(DynamicCache):
-    """A cache that keeps no keys: it sums them over tokens and hands them back."""
+class _Seen(DynamicCache):
+    """A cache that keeps some tokens: it sums the keys of all and hands everything back."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Tensor | None) -> None:
         super().__init__()
         self.active = True
+        self.kept = kept
         self.sums: dict[int, Tensor] = {}
+        self.samples: dict[int, list[Tensor]] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add ``[1, H_kv, T, D]`` keys to the layer's sum."""
+        """Add ``[1, H_kv, T, D]`` keys to the layer's sum, and keep chosen tokens."""
         if self.active:
             _add(self.sums, layer_idx, key_states.double().sum(dim=(0, 2)))
+        if self.active and self.kept is not None:
+            both = [x[0, :, self.kept.to(x.device)] for x in (key_states, value_states)]
+            self.samples.setdefault(layer_idx, []).append(_half(torch.stack(both)))
         return key_states, value_states
 
 
@@ -194,23 +209,74 @@ class _Run:
         self.sums: dict[str, dict[str, Tensor]] = {name: {} for name in sorted(statistics)}
         self.device = next(model.parameters()).device
 
-    def group(self, tokens: Tensor) -> None:
-        """Add a few samples."""
-        keys = _KeySums()
-        calls = [self._record(sample, keys) for sample in tokens]
+    def group(self, tokens: Tensor, first: int) -> None:
+        """Add a few samples, the one at index ``first`` and those after it."""
+        keys = _Seen(self._kept() if "kv_samples" in self.sums else None)
+        calls = [self._record(sample, i, keys) for i, sample in enumerate(tokens, first)]
         inputs = [[_widen(call[0].hidden) for call in calls]]
         for index, layer in enumerate(self.layers):
             runner = _copy(layer)
+            if "kv_importance" in self.sums:
+                self._watch(runner)
             with torch.no_grad():
                 pairs = zip(inputs[-1], calls, strict=True)
                 inputs.append([call[index].run(runner, hidden) for hidden, call in pairs])
         keys.active = False
         for index, total in keys.sums.items() if "key_mean" in self.sums else ():
             _add(self.sums["key_mean"], self.attention[index], total.cpu())
+        for index, parts in keys.samples.items():
+            self._append("kv_samples", self.attention[index], torch.cat(parts, dim=2))
         if "fisher" in self.sums:
             self._backward(tokens, inputs, calls)
 
-    def _record(self, sample: Tensor, cache: DynamicCache) -> list[_Call]:
+    def _positions(self, index: int) -> dict[str, Tensor]:
+        """Spread the samples over all positions: RoPE takes keys elsewhere late in a context.
+
+        Attention sees differences of positions alone, so the text means the same anywhere.
+        """
+        model: Any = self.model
+        config = model.config.get_text_config(decoder=True)
+        rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
+        if "kv_samples" not in self.sums or not rotary:
+            return {}
+        samples, length = self.tokens.shape
+        free = max(0, config.max_position_embeddings - length)
+        start = free * index // max(1, samples - 1)
+        return {"position_ids": torch.arange(start, start + length, device=self.device)[None]}
+
+    def _kept(self) -> Tensor:
+        """Choose the tokens of a sample that are kept, int64 ``[n]``, evenly spaced."""
+        samples, length = self.tokens.shape
+        count = min(length, -(-SAMPLED_TOKENS // samples))
+        return (torch.arange(count) * 2 + 1) * length // (2 * count)
+
+    def _append(self, statistic: str, name: str, value: Tensor) -> None:
+        """Add tokens ``[2, H_kv, n, D]`` to those of earlier groups."""
+        before = self.sums[statistic].get(name)
+        parts = [value.cpu()] if before is None else [before, value.cpu()]
+        self.sums[statistic][name] = torch.cat(parts, dim=2)
+
+    def _watch(self, runner: nn.Module) -> None:
+        """Let the attention of a copied layer show the queries it is called with."""
+        AttentionInterface.register(OBSERVED, _observed)
+        modules: list[Any] = list(runner.modules())
+        watched = [m for m in modules if getattr(m, "layer_idx", None) in self.attention]
+        watched = [m for m in watched if hasattr(getattr(m, "config", 0), "_attn_implementation")]
+        for module in watched:
+            module.squeeze_dense = module.config._attn_implementation
+            module.squeeze_observe = functools.partial(
+                self._observe, self.attention[module.layer_idx]
+            )
+        for module in watched:
+            module.config._attn_implementation = OBSERVED
+
+    def _observe(self, name: str, query: Tensor, key: Tensor) -> None:
+        """Add the squares of queries ``[1, H, T, D]`` that read keys ``[1, H_kv, T, D]``."""
+        squares = query.double().square().sum(dim=(0, 2)).unflatten(0, (key.shape[1], -1)).mean(1)
+        tokens = torch.full_like(squares, query.shape[2])
+        _add(self.sums["kv_importance"], name, torch.stack([squares, tokens]).cpu())
+
+    def _record(self, sample: Tensor, index: int, cache: DynamicCache) -> list[_Call]:
         """Learn the arguments of every decoder layer, without running any."""
         calls: list[_Call] = []
 
@@ -222,7 +288,12 @@ class _Run:
 
         try:
             with _replaced(self.layers, stand_in), torch.no_grad():
-                self.model(sample[None].to(self.device), past_key_values=cache, use_cache=True)
+                self.model(
+                    sample[None].to(self.device),
+                    past_key_values=cache,
+                    use_cache=True,
+                    **self._positions(index),
+                )
         except _Recorded:
             return calls
         raise UnsupportedError(self.path, f"{len(calls)} of {len(self.layers)} layers were called")
@@ -294,12 +365,35 @@ class _Run:
     def stats(self) -> Stats:
         """Turn sums into means."""
         samples, count = len(self.tokens), self.tokens.numel()
-        divisor = {"fisher": samples, "key_mean": count}
+        divisor = {"fisher": samples, "key_mean": count, "kv_importance": count}
         means = {
             statistic: {name: (total / divisor[statistic]).float() for name, total in sums.items()}
             for statistic, sums in self.sums.items()
+            if statistic in divisor
         }
+        if "kv_samples" in self.sums:
+            means["kv_samples"] = self.sums["kv_samples"]
         return Stats(means, samples, count)
+
+
+def _observed(
+    module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """Show the queries to whoever watches the module, then attend as the model itself would."""
+    observe: Any = module.squeeze_observe
+    observe(query.detach(), key)
+    dense: Any = module.squeeze_dense
+    if dense == "eager":
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[dense]
+    return function(module, query, key, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _half(x: Tensor) -> Tensor:
+    """Round to float16; larger values saturate."""
+    limit = torch.finfo(torch.float16).max
+    return x.clamp(-limit, limit).to(torch.float16)
 
 
 def _decoder_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:

@@ -47,7 +47,8 @@ def compress(
         weights[row.module] = _resume(path, row) or _fit(model, row, stats, path)
         if progress:
             progress("compress", done + 1, len(plan.weights))
-    return Artifacts(plan, weights, _tables(plan, stats))
+    device = next(model.parameters()).device
+    return Artifacts(plan, weights, _tables(plan, stats, device))
 
 
 def weight_method(row: WeightPlan) -> Any:
@@ -99,13 +100,26 @@ def assemble(method: Any, row: WeightPlan, tensors: Mapping[str, Tensor]) -> Clu
     )
 
 
-def _tables(plan: Plan, stats: Stats | None) -> Tensors:
+def _tables(plan: Plan, stats: Stats | None, device: torch.device) -> Tensors:
     tables: Tensors = {}
     for row in plan.kv_cache:
         for side, settings in (("keys", row.keys), ("values", row.values)):
+            measured = _of_side(side, row.module, stats, device)
             for stage, method in chain(settings) if settings else ():
-                needed = {n: stats.tensors[n][row.module] for n in method.statistics if stats}
-                for name, table in method.fit(needed).items():
+                needed = {name: measured[name] for name in method.statistics}
+                fitted = method.fit(needed)
+                if "kv_samples" in measured and hasattr(method, "apply"):
+                    measured["kv_samples"] = method.apply(measured["kv_samples"].float(), fitted)
+                for name, table in fitted.items():
                     full = f"{row.module}.squeeze.{table_name(side, stage, name)}"
                     tables[full] = table.detach().cpu().contiguous()
     return tables
+
+
+def _of_side(side: str, module: str, stats: Stats | None, device: torch.device) -> Tensors:
+    """Select what was measured of one attention module's keys or values."""
+    index = 0 if side == "keys" else 1
+    found = {
+        n: t[module].to(device) for n, t in (stats.tensors if stats else {}).items() if module in t
+    }
+    return {n: x[index] if n.startswith("kv_") else x for n, x in found.items()}

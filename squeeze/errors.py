@@ -25,6 +25,10 @@ class SqueezeError(Exception):
             parts.append(remedy if remedy.endswith("?") else f"{remedy.rstrip('.')}.")
         super().__init__(" ".join(parts))
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:
+        """Let the error travel between processes."""
+        return type(self), (self.place, self.received, self.allowed, self.remedy)
+
 
 class RecipeError(SqueezeError):
     """A recipe or an option holds a name or value that cannot be."""

@@ -1,6 +1,6 @@
 """What squeeze needs to know of a model, read from its configuration on the meta device.
 
-No weights are touched, so a 70B model is described in seconds on a laptop. The one place that
+No weights are loaded, so a 70B model is described in seconds on a laptop. The one place that
 knows which architectures hand their keys and values to an attention function we can replace.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from squeeze.errors import CheckpointError, UnsupportedError
+from squeeze.key_biases import KeyBias, find_huge
 from squeeze.types import resolve_dtype
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ PACKABLE = frozenset(
         "opt",
         "phi3",
         "qwen2",
+        "qwen2_5_vl_text",
         "qwen3",
         "qwen3_moe",
         "qwen3_next",
@@ -91,6 +93,7 @@ class ModelInfo:
         attention: One entry per layer that has attention.
         linears: Dotted name to ``(out, in)`` of every ``nn.Linear``.
         parameter_bytes: Of all parameters, tied ones once, in ``dtype``.
+        key_biases: Those that are huge; ``None`` where there are biases and they are not loaded.
     """
 
     source: str
@@ -100,6 +103,7 @@ class ModelInfo:
     attention: tuple[AttentionInfo, ...]
     linears: dict[str, tuple[int, int]]
     parameter_bytes: int
+    key_biases: tuple[KeyBias, ...] | None = ()
 
     @property
     def dtype_bits(self) -> int:
@@ -174,14 +178,16 @@ def describe(
         if isinstance(m, nn.Linear)
     }
     count = sum(p.numel() for p in model.parameters())
+    attention = _attention(model, text)
     return ModelInfo(
         source=name,
         model_type=text.model_type,
         dtype=str(resolve_dtype(chosen)).removeprefix("torch."),
         layers=text.num_hidden_layers,
-        attention=_attention(model, text),
+        attention=attention,
         linears=linears,
         parameter_bytes=count * resolve_dtype(chosen).itemsize,
+        key_biases=find_huge(model, attention),
     )
 
 

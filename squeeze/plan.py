@@ -1,31 +1,41 @@
 """The plan: what will happen to which module, saving how many bytes, computed by what.
 
-Made from the recipe and the model's configuration alone. Everything that can be refused is refused
-here, and the executor makes no decisions afterwards.
+Made from the recipe and the model's configuration alone, but for layers whose key bias turns out to
+be huge once the weights are read. Everything that can be refused is refused here, and the executor
+makes no decisions afterwards.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
-from squeeze import plan_table, registry
+from squeeze import plan_guard, plan_table
 from squeeze.errors import DeviceError, RecipeError, UnsupportedError, nearest
-from squeeze.model_info import SINK_LOGITS, AttentionInfo, ModelInfo, require_packable
-from squeeze.quant.kv._raw import RawBlocks
-from squeeze.recipe import KVSide, Method, Recipe, WeightRule, layer_sides
-from squeeze.types import Implementation
+from squeeze.model_info import SINK_LOGITS, ModelInfo, require_packable
+from squeeze.plan_cache import (
+    DENSE_BITS,
+    Allocation,
+    KVPlan,
+    all_lossless,
+    bound_of,
+    cache_rows,
+    kv_bytes,
+    side_means,
+    uniform_rows,
+)
+from squeeze.recipe import Method, Recipe, WeightRule, layer_candidates
+from squeeze.recipe_values import build_transform
+from squeeze.types import Implementation, resolve_dtype
 
-DENSE_BITS = 16.0
-# Tokens of a cache block unless the recipe says otherwise: what the decode kernel reads best.
-BLOCK_LENGTH = 128
-# Tables that do not grow with tokens are spread over this many, at batch 1.
-AMORTISED_TOKENS = 32768
+# Measured for an allocation under a bound on mean bits, and not by calibration itself.
+KV_LOSS = "kv_loss"
 
 
 @dataclass(frozen=True)
@@ -39,28 +49,6 @@ class WeightPlan:
     effective_bits: float
     bytes_before: int
     bytes_after: int
-
-
-@dataclass(frozen=True)
-class KVPlan:
-    """How one layer stores its keys and values.
-
-    ``keys`` and ``values`` are format mappings with their transforms, or ``None`` where the layer
-    keeps transformers' own cache (``reason`` says why).
-    """
-
-    layer: int
-    module: str
-    keys: dict[str, Any] | None
-    values: dict[str, Any] | None
-    implementation: str
-    kv_heads: int
-    head_dim: int
-    block_length: int = 0
-    key_bits: float = DENSE_BITS
-    value_bits: float = DENSE_BITS
-    constant_bytes: int = 0
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,11 +80,14 @@ class Plan:
         statistics: Names that calibration must measure, sorted.
         effective_bits: ``weights``, ``keys``, ``values``: stored bits per value, all included.
         weight_bytes: Whole model: ``before`` and ``after``.
-        kv_bytes: At ``context`` and ``batch``: ``before`` and ``after``, allocated.
+        kv_bytes: At ``context`` and ``batch``, allocated: ``before`` and ``after``; of the latter
+            ``packed`` are blocks, ``largest_layer`` of these in one layer.
         kv_constant_bytes: Tables that do not grow with tokens.
         context: Tokens the KV bytes are counted at.
         batch: Rows the KV bytes are counted at.
         notes: What was left dense, and why.
+        allocation: The bound on mean bits, where the recipe has one.
+        offload: Packed blocks live in CPU memory.
     """
 
     recipe: dict[str, Any]
@@ -117,6 +108,8 @@ class Plan:
     context: int
     batch: int
     notes: tuple[str, ...] = field(default=())
+    allocation: Allocation | None = None
+    offload: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that ``from_dict`` reads back."""
@@ -130,6 +123,8 @@ class Plan:
         data = {key: value for key, value in data.items() if key in known}
         for key, row in rows.items():
             data[key] = tuple(row(**_tupled(item)) for item in data[key])
+        if data.get("allocation"):
+            data["allocation"] = Allocation(**_tupled(data["allocation"]))
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
@@ -176,13 +171,23 @@ def make_plan(
     implementation = resolve_implementation(device, recipe.implementation)
     notes: list[str] = []
     weights = tuple(_weights(recipe, info, implementation))
-    kv_cache = tuple(_kv_cache(recipe, info, implementation))
+    kv_cache = tuple(cache_rows(recipe, info, implementation))
+    allocation = bound_of(recipe, info, kv_cache, implementation)
+    if allocation is not None:
+        kv_cache = uniform_rows(recipe, kv_cache, allocation)[0]
     prefill = tuple(_prefill(recipe, info, implementation))
     for rows, what in ((kv_cache, "KV cache"), (prefill, "prefill")):
         reasons = sorted({row.reason for row in rows if row.reason})
         for reason in reasons:
             layers = [row.layer for row in rows if row.reason == reason]
             notes.append(f"{what} of layers {plan_table.ranges(layers)} stays dense: {reason}")
+    linear = sorted(set(range(info.layers)) - {row.layer for row in kv_cache})
+    if kv_cache and linear:
+        layers_ = plan_table.ranges(linear)
+        notes.append(
+            f"KV cache of layers {layers_} stays dense: linear attention keeps its own cache"
+        )
+    notes += plan_guard.notes(recipe.kv_cache, info) if kv_cache else []
     if weights:
         done = {row.module for row in weights}
         left = [name for name in info.linears if name not in done]
@@ -207,11 +212,15 @@ def make_plan(
         statistics=_statistics(recipe, info),
         effective_bits=_effective_bits(weights, kv_cache),
         weight_bytes={"before": info.parameter_bytes, "after": info.parameter_bytes - saved},
-        kv_bytes=_kv_bytes(info, kv_cache, sink_tokens, residual, context, batch),
+        kv_bytes=kv_bytes(
+            info.attention, info.dtype_bits, kv_cache, sink_tokens, residual, context, batch
+        ),
         kv_constant_bytes=sum(row.constant_bytes for row in kv_cache),
         context=context,
         batch=batch,
         notes=tuple(notes),
+        allocation=allocation,
+        offload=bool(kv and kv.offload),
     )
 
 
@@ -302,92 +311,19 @@ def _weights(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable[W
         )
 
 
-def _kv_cache(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable[KVPlan]:
-    kv = recipe.kv_cache
-    if kv is None or _all_lossless(recipe, info):
-        return
-    require_packable(info, f"{recipe.origin}: kv_cache")
-    for i, override in enumerate(kv.layers):
-        for layer in override.match:
-            if not -info.layers <= layer < info.layers:
-                raise RecipeError(
-                    f"{recipe.origin}: kv_cache.layers.{i}.match",
-                    f"layer {layer} is not in this model",
-                    f"{-info.layers} to {info.layers - 1}",
-                    "Count from 0, or from the end with negative numbers",
-                )
-    for item in info.attention:
-        common: dict[str, Any] = {
-            "layer": item.layer,
-            "module": item.module,
-            "kv_heads": item.kv_heads,
-            "head_dim": item.head_dim,
-        }
-        if item.kind != "full_attention":
-            reason = f"{item.kind.replace('_', ' ')} keeps its own cache"
-            yield KVPlan(keys=None, values=None, implementation="dense", reason=reason, **common)
-            continue
-        keys, values = layer_sides(kv, item.layer, info.layers)
-        if keys.method.lossless and values.method.lossless:
-            yield KVPlan(
-                keys=None,
-                values=None,
-                implementation="dense",
-                reason="the recipe keeps it at 16 bits",
-                **common,
-            )
-            continue
-        formats = [build_format(side, item) for side in (keys, values)]
-        yield KVPlan(
-            keys=keys.to_dict(),
-            values=values.to_dict(),
-            implementation=implementation,
-            block_length=_block_length(recipe, formats),
-            key_bits=formats[0].bits_per_value(item.head_dim),
-            value_bits=formats[1].bits_per_value(item.head_dim),
-            constant_bytes=sum(f.constant_bytes(item.kv_heads, item.head_dim) for f in formats)
-            + sum(_transform_bytes(side, item) for side in (keys, values)),
-            **common,
-        )
-
-
-def _block_length(recipe: Recipe, formats: list[Any]) -> int:
-    assert recipe.kv_cache is not None
-    length = recipe.kv_cache.block_length or max(BLOCK_LENGTH, *(f.block_length for f in formats))
-    for made in formats:
-        if length % made.block_length:
-            raise RecipeError(
-                f"{recipe.origin}: kv_cache.block_length",
-                f"{length} tokens hold no whole number of groups of {made.block_length}",
-                f"a multiple of {made.block_length}",
-                "Change block_length or group_size",
-            )
-    return length
-
-
-def _all_lossless(recipe: Recipe, info: ModelInfo) -> bool:
-    assert recipe.kv_cache is not None
-    sides = [
-        s
-        for i in range(max(info.layers, 1))
-        for s in layer_sides(recipe.kv_cache, i, max(info.layers, 1))
-    ]
-    return all(side.method.lossless for side in sides)
-
-
-def build_format(side: KVSide, item: AttentionInfo | KVPlan) -> Any:
-    """Make the format of one side, checked against the head size."""
-    made = side.method.build()
-    if made is None:
-        return RawBlocks()
-    made.check(item.head_dim)
-    return made
-
-
-def _transform_bytes(side: KVSide, item: AttentionInfo) -> int:
-    # Every transform with parameters holds one float32 per channel of each head.
-    with_tables = [n for n in side.transforms if registry.get("transform", n)().statistics]
-    return 4 * len(with_tables) * item.kv_heads * item.head_dim
+def with_cache(plan: Plan, rows: Sequence[KVPlan], **changes: Any) -> Plan:
+    """Return the plan with other cache rows, its bits and bytes counted again."""
+    rows = tuple(rows)
+    exact = (plan.sink_tokens, plan.residual_length, plan.context, plan.batch)
+    item_bits = resolve_dtype(plan.dtype).itemsize * 8
+    return replace(
+        plan,
+        kv_cache=rows,
+        effective_bits=_effective_bits(plan.weights, rows),
+        kv_bytes=kv_bytes(rows, item_bits, rows, *exact),
+        kv_constant_bytes=sum(row.constant_bytes for row in rows),
+        **changes,
+    )
 
 
 def _prefill(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable[PrefillPlan]:
@@ -417,57 +353,21 @@ def _statistics(recipe: Recipe, info: ModelInfo) -> tuple[str, ...]:
     for rule in recipe.weights:
         made = rule.method.build()
         names |= set(made.statistics) if made else set()
-    if recipe.kv_cache and not _all_lossless(recipe, info):
+    if recipe.kv_cache and not all_lossless(recipe, info):
         for layer in range(info.layers):
-            for side in layer_sides(recipe.kv_cache, layer, info.layers):
+            for side in itertools.chain(*layer_candidates(recipe.kv_cache, layer, info.layers)):
                 made = side.method.build()
                 names |= set(made.statistics) if made else set()
-                for name in side.transforms:
-                    names |= set(registry.get("transform", name)().statistics)
+                for entry in side.transforms:
+                    names |= set(build_transform(entry)[1].statistics)
+        if recipe.kv_cache.mean_bits is not None:
+            names.add(KV_LOSS)
     if recipe.attention and recipe.attention.prefill:
         names |= set(recipe.attention.prefill.build().statistics)
     return tuple(sorted(names))
 
 
-def _effective_bits(
-    weights: tuple[WeightPlan, ...], kv_cache: tuple[KVPlan, ...]
-) -> dict[str, float]:
+def _effective_bits(weights: Sequence[WeightPlan], kv_cache: Sequence[KVPlan]) -> dict[str, float]:
     count = sum(row.shape[0] * row.shape[1] for row in weights)
-    bits = {"weights": DENSE_BITS, "keys": DENSE_BITS, "values": DENSE_BITS}
-    if count:
-        bits["weights"] = 8 * sum(row.bytes_after for row in weights) / count
-    rows = [row for row in kv_cache if not row.reason or "16 bits" in row.reason]
-    sizes = [row.kv_heads * row.head_dim for row in rows]
-    for side, attribute in (("keys", "key_bits"), ("values", "value_bits")):
-        if rows:
-            total = sum(getattr(r, attribute) * n for r, n in zip(rows, sizes, strict=True))
-            # Tables are shared by both sides: half of them is charged to each.
-            total += 8 * sum(row.constant_bytes for row in rows) / 2 / AMORTISED_TOKENS
-            bits[side] = total / sum(sizes)
-    return bits
-
-
-def _kv_bytes(
-    info: ModelInfo,
-    rows: tuple[KVPlan, ...],
-    sink_tokens: int,
-    residual: int,
-    context: int,
-    batch: int,
-) -> dict[str, int]:
-    item = info.dtype_bits / 8
-    by_layer = {row.layer: row for row in rows}
-    before = after = 0.0
-    for layer in info.attention:
-        values = layer.kv_heads * layer.head_dim
-        dense = 2 * values * context * item
-        row = by_layer.get(layer.layer)
-        before += dense
-        if row is None or row.keys is None:
-            after += dense
-            continue
-        exact = sink_tokens + residual + row.block_length
-        blocks = max(0, (context - sink_tokens - residual) // row.block_length)
-        packed = blocks * row.block_length * values * (row.key_bits + row.value_bits) / 8
-        after += packed + 2 * values * exact * item + row.constant_bytes / batch
-    return {"before": round(before * batch), "after": round(after * batch)}
+    stored = 8 * sum(row.bytes_after for row in weights)
+    return {"weights": stored / count if count else DENSE_BITS, **side_means(kv_cache)}

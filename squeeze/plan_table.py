@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from squeeze.plan import Plan
+    from squeeze.plan_cache import KVPlan
 
 
 def fold(names: Iterable[str]) -> list[str]:
@@ -32,6 +33,12 @@ def _spell(method: dict[str, Any]) -> str:
     return f"{method['method']} ({parameters})" if parameters else method["method"]
 
 
+def _sides(row: KVPlan) -> str:
+    """Spell out the formats of one layer's cache."""
+    assert row.keys is not None and row.values is not None
+    return f"keys {_spell(row.keys)}; values {_spell(row.values)}"
+
+
 def _plain(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
@@ -51,10 +58,16 @@ def lines(plan: Plan) -> Iterable[str]:
             f"{row.effective_bits:.3f}",
         )
         groups.setdefault(key, []).append((row.bytes_before, row.bytes_after))
+    packed: dict[str, list[int]] = {}
+    for kv in plan.kv_cache:
+        if kv.keys and kv.values:
+            packed.setdefault(_sides(kv), []).append(kv.layer)
     for kv in plan.kv_cache:
         if kv.keys and kv.values:
             bits = f"{(kv.key_bits + kv.value_bits) / 2:.3f}"
-            text = f"keys {_spell(kv.keys)}; values {_spell(kv.values)}"
+            text = _sides(kv)
+            if len(packed) > 1:
+                text = f"layers {ranges(packed[text])}: {text}"
             groups.setdefault(
                 (re.sub(r"\.\d+\.", ".*.", kv.module) + " cache", text, kv.implementation, bits), []
             ).append((0, 0))
@@ -100,6 +113,19 @@ def lines(plan: Plan) -> Iterable[str]:
         f"{size(plan.kv_bytes['before'])} -> {size(plan.kv_bytes['after'])} "
         f"(constant tables {size(plan.kv_constant_bytes)})"
     )
+    if plan.offload:
+        bytes_ = plan.kv_bytes
+        staged = 2 * bytes_["largest_layer"]
+        yield (
+            f"offload: {size(bytes_['packed'])} of it in CPU memory; the device holds "
+            f"{size(bytes_['after'] - bytes_['packed'] + staged)}, two layers' blocks included"
+        )
+    if plan.allocation and not plan.allocation.chosen:
+        yield (
+            f"bound: keys and values take at most {plan.allocation.mean_bits:.3f} effective bits "
+            f"on average; calibration chooses the formats of layers "
+            f"{ranges(list(plan.allocation.layers))}, here they have the widest uniform choice"
+        )
     yield from (f"note: {note}" for note in plan.notes)
 
 

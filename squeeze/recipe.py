@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from squeeze.errors import RecipeError, nearest
-from squeeze.recipe_parse import Parser, layer_sides
+from squeeze.recipe_parse import Parser, layer_candidates, layer_sides
 from squeeze.recipe_schema import schema
 from squeeze.recipe_values import KVCache, KVSide, Method, Recipe, WeightRule
 
@@ -25,6 +25,7 @@ __all__ = [
     "Method",
     "Recipe",
     "WeightRule",
+    "layer_candidates",
     "layer_sides",
     "load",
     "schema",

@@ -14,10 +14,12 @@ from pydantic import TypeAdapter, ValidationError
 from squeeze import registry
 from squeeze.errors import RecipeError, nearest
 from squeeze.recipe_values import (
+    ALLOCATED_SIDES,
     LOSSLESS_BITS,
     VERSION,
     Attention,
     Calibration,
+    Candidates,
     Evaluate,
     KVCache,
     KVSide,
@@ -27,6 +29,11 @@ from squeeze.recipe_values import (
     WeightRule,
 )
 from squeeze.types import Implementation
+
+FLAGS = {
+    "offload": "It keeps packed blocks in CPU memory",
+    "guard_biases": "It gives layers with a huge key bias finer formats",
+}
 
 
 class Parser:
@@ -144,6 +151,9 @@ class Parser:
         """Check the cache section, layer overrides merged and checked too."""
         known = list(KVCache.model_fields)
         raw = self.mapping(raw, "kv_cache", known)
+        bound = self.mean_bits(raw)
+        if bound is not None:
+            raw = {**ALLOCATED_SIDES, **raw}
         for side in ("keys", "values"):
             if side not in raw:
                 raise self.error(
@@ -169,6 +179,10 @@ class Parser:
                     f"an integer of at least {least}",
                     "It counts tokens",
                 )
+        flags = {key: raw[key] for key in FLAGS if raw.get(key) is not None}
+        for key, value in flags.items():
+            if not isinstance(value, bool):
+                raise self.error(f"kv_cache.{key}", f"got {value!r}", "true or false", FLAGS[key])
         overrides = raw.get("layers") or []
         if not isinstance(overrides, list):
             raise self.error(
@@ -180,7 +194,56 @@ class Parser:
         layers = tuple(
             self.layer(item, raw, f"kv_cache.layers.{i}") for i, item in enumerate(overrides)
         )
-        return KVCache(**sides, **counts, layers=layers)
+        candidates = self.candidates(raw) if bound is not None else None
+        return KVCache(
+            **sides,
+            **counts,
+            **flags,
+            layers=layers,
+            mean_bits=bound,
+            candidates=candidates,
+        )
+
+    def mean_bits(self, raw: Mapping[str, Any]) -> float | None:
+        """Check the bound on mean effective bits, absent in most recipes."""
+        value = raw.get("mean_bits")
+        if value is None:
+            if raw.get("candidates") is not None:
+                raise self.error(
+                    "kv_cache.candidates",
+                    "are given without kv_cache.mean_bits",
+                    "both or neither",
+                    "Add e.g. mean_bits: 3.0",
+                )
+            return None
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not 0 < value <= LOSSLESS_BITS:
+            raise self.error(
+                "kv_cache.mean_bits",
+                f"got {value!r}",
+                f"a number above 0 and at most {LOSSLESS_BITS}",
+                "It bounds the mean effective bits of keys and values",
+            )
+        return float(value)
+
+    def candidates(self, raw: Mapping[str, Any]) -> Candidates:
+        """Check the candidates of both sides; by default the widths of the side's method."""
+        given = self.mapping(raw.get("candidates") or {}, "kv_cache.candidates", ("keys", "values"))
+        found: dict[str, Any] = {}
+        for side in ("keys", "values"):
+            path, base = f"kv_cache.candidates.{side}", dict(raw[side])
+            listed = given.get(side, [{"bits": width} for width in widths(base)] or [{}])
+            if not isinstance(listed, list) or not listed:
+                raise self.error(
+                    path, f"got {listed!r}", "a list of formats", "e.g. [{bits: 2}, {bits: 4}]"
+                )
+            found[side] = tuple(
+                self.kv_side(
+                    merge_side(base, self.mapping(item, f"{path}.{i}")), side, f"{path}.{i}"
+                )
+                for i, item in enumerate(listed)
+            )
+        return Candidates(**found)
 
     def layer(self, raw: Any, base: dict[str, Any], path: str) -> LayerOverride:
         """Check one override against the side it changes."""
@@ -208,17 +271,37 @@ class Parser:
                 "a list of transforms",
                 "e.g. transforms: [center]",
             )
-        for name in transforms:
-            cls: Any = registry.get("transform", name, f"{self.origin}: {path}.transforms")
-            if side not in cls().sides:
+        names = [self.transform(entry, side, f"{path}.transforms") for entry in transforms]
+        for name in names:
+            if names.count(name) > 1:
                 raise self.error(
                     f"{path}.transforms",
-                    f"{name!r} does not apply to {side}",
-                    " and ".join(cls().sides),
-                    "Remove it there",
+                    f"{name!r} is named twice",
+                    "each transform once",
+                    "Remove one of the two",
                 )
         method = self.method(raw, "kv", path, ("transforms",))
         return KVSide(method=method, transforms=tuple(transforms))
+
+    def transform(self, entry: Any, side: str, path: str) -> str:
+        """Check one transform, a name or a mapping with its parameters; return its name."""
+        raw = {"method": entry} if isinstance(entry, str) else self.mapping(entry, path)
+        if "method" not in raw:
+            raise self.error(
+                f"{path}.method",
+                "is missing",
+                ", ".join(registry.names("transform")),
+                "Name a transform",
+            )
+        made = self.method(raw, "transform", path, ()).build()
+        if side not in made.sides:
+            raise self.error(
+                path,
+                f"{raw['method']!r} does not apply to {side}",
+                " and ".join(made.sides),
+                "Remove it there",
+            )
+        return str(raw["method"])
 
     def attention(self, raw: Any) -> Attention:
         """Check the attention section."""
@@ -293,6 +376,30 @@ def merge_side(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str
     if override.get("method", base.get("method")) != base.get("method"):
         return dict(override)
     return {**base, **override}
+
+
+def widths(side: Mapping[str, Any]) -> list[int]:
+    """List the widths that the method of a checked side takes, from its annotation."""
+    cls = registry.get("kv", side["method"]) if "method" in side else None
+    hint = typing.get_type_hints(cls, include_extras=True).get("bits") if cls else None
+    return [int(width) for width in choices_of(hint) if width.isdecimal()]
+
+
+def layer_candidates(
+    kv_cache: KVCache, layer: int, layers: int
+) -> tuple[tuple[KVSide, ...], tuple[KVSide, ...]]:
+    """Return what an allocation may choose for one layer's keys and values.
+
+    Layers that an override names, and all where there is no ``mean_bits``, have no choice.
+    """
+    named = any(
+        layer in [i + layers if i < 0 else i for i in override.match]
+        for override in kv_cache.layers
+    )
+    if named or kv_cache.candidates is None:
+        keys, values = layer_sides(kv_cache, layer, layers)
+        return (keys,), (values,)
+    return kv_cache.candidates.keys, kv_cache.candidates.values
 
 
 def layer_sides(kv_cache: KVCache, layer: int, layers: int) -> tuple[KVSide, KVSide]:

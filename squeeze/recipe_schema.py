@@ -49,7 +49,8 @@ def schema() -> dict[str, Any]:
         usable = [
             n for n in registry.names("transform") if side in registry.get("transform", n)().sides
         ]
-        sides[side] = method("kv", {"transforms": {"type": "array", "items": {"enum": usable}}})
+        entry = {"anyOf": [{"enum": usable}, *(_transform(name) for name in usable)]}
+        sides[side] = method("kv", {"transforms": {"type": "array", "items": entry}})
     layer = {
         "type": "object",
         "required": ["match"],
@@ -61,15 +62,28 @@ def schema() -> dict[str, Any]:
         },
     }
     count = {"type": "integer", "minimum": 0}
+    # A candidate is laid over its side, so it may hold any part of it; the parser checks the whole.
+    candidates = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            side: {"type": "array", "minItems": 1, "items": {"type": "object"}} for side in sides
+        },
+    }
     kv = {
         "type": "object",
-        "required": ["keys", "values"],
+        "anyOf": [{"required": ["keys", "values"]}, {"required": ["mean_bits"]}],
+        "dependentRequired": {"candidates": ["mean_bits"]},
         "additionalProperties": False,
         "properties": {
             **sides,
+            "mean_bits": {"type": "number", "exclusiveMinimum": 0, "maximum": LOSSLESS_BITS},
+            "candidates": candidates,
             "sink_tokens": count,
             "residual_length": count,
             "block_length": {"type": ["integer", "null"], "minimum": 32},
+            "offload": {"type": "boolean"},
+            "guard_biases": {"type": "boolean"},
             "layers": {"type": "array", "items": layer},
         },
     }
@@ -94,6 +108,20 @@ def schema() -> dict[str, Any]:
             "calibration": _section_schema(Calibration),
             "evaluate": _section_schema(Evaluate),
         },
+    }
+
+
+def _transform(name: str) -> dict[str, Any]:
+    """Describe a transform with parameters."""
+    cls = registry.get("transform", name)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    parameters = {f.name: _parameter(hints[f.name], f, "transform") for f in fields(cls)}
+    return {
+        "type": "object",
+        "description": registry.info("transform", name).idea,
+        "properties": {"method": {"const": name}, **parameters},
+        "required": ["method"],
+        "additionalProperties": False,
     }
 
 

@@ -11,6 +11,11 @@ from squeeze import registry
 
 VERSION = 1
 LOSSLESS_BITS = 16
+# What a bound on mean bits starts from where the recipe names no format.
+ALLOCATED_SIDES: dict[str, dict[str, Any]] = {
+    "keys": {"method": "affine", "bits": 4, "granularity": "channel", "group_size": 64},
+    "values": {"method": "affine", "bits": 4, "granularity": "token", "group_size": 64},
+}
 
 
 class Section(BaseModel):
@@ -47,6 +52,13 @@ class Method(Section):
         return {"method": self.name, **self.parameters}
 
 
+def build_transform(entry: str | dict[str, Any]) -> tuple[str, Any]:
+    """Make the object of one entry of ``transforms``; return its name beside it."""
+    parameters = {"method": entry} if isinstance(entry, str) else dict(entry)
+    name = parameters.pop("method")
+    return name, registry.get("transform", name)(**parameters)
+
+
 class WeightRule(Section):
     """Which modules one weight method applies to; later rules win."""
 
@@ -64,10 +76,13 @@ class LayerOverride(Section):
 
 
 class KVSide(Section):
-    """Format and transforms of the keys, or of the values."""
+    """Format and transforms of the keys, or of the values.
+
+    A transform is its name, or a mapping of ``method`` and parameters.
+    """
 
     method: Method
-    transforms: tuple[str, ...] = ()
+    transforms: tuple[str | dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that the recipe file would hold."""
@@ -75,14 +90,39 @@ class KVSide(Section):
         return {**result, "transforms": list(self.transforms)} if self.transforms else result
 
 
+class Candidates(Section):
+    """The formats that an allocation under ``mean_bits`` chooses among."""
+
+    keys: tuple[KVSide, ...]
+    values: tuple[KVSide, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that the recipe file would hold; no transforms are said as such."""
+        return {
+            side: [
+                {**one.to_dict(), "transforms": list(one.transforms)} for one in getattr(self, side)
+            ]
+            for side in ("keys", "values")
+        }
+
+
 class KVCache(Section):
-    """How the cache stores keys and values, and how many tokens stay exact."""
+    """How the cache stores keys and values, and how many tokens stay exact.
+
+    With ``mean_bits`` each layer's keys and values get one of ``candidates``, chosen after
+    calibration; layers that an override names keep what it says. Without ``mean_bits``
+    ``guard_biases`` lets the plan give finer formats to layers whose key bias costs many bits.
+    """
 
     keys: KVSide
     values: KVSide
+    mean_bits: float | None = None
+    candidates: Candidates | None = None
     sink_tokens: int = 4
     residual_length: int = 128
     block_length: int | None = None
+    offload: bool = False
+    guard_biases: bool = True
     layers: tuple[LayerOverride, ...] = ()
 
 
@@ -144,6 +184,13 @@ class Recipe(Section):
                     {"match": list(o.match), "keys": o.keys, "values": o.values} for o in kv.layers
                 ],
             }
+            if kv.offload:
+                result["kv_cache"]["offload"] = True
+            if not kv.guard_biases:
+                result["kv_cache"]["guard_biases"] = False
+            if kv.mean_bits is not None and kv.candidates is not None:
+                bound = {"mean_bits": kv.mean_bits, "candidates": kv.candidates.to_dict()}
+                result["kv_cache"] |= bound
         if self.attention and self.attention.prefill:
             result["attention"] = {"prefill": self.attention.prefill.to_dict()}
         if self.implementation != "auto":

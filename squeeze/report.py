@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,22 +123,22 @@ class Report:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two reports, squeezed side by squeezed side.
+    """Reports beside one another, squeezed side by squeezed side.
 
     Attributes:
-        first: The report compared with.
-        second: The report compared.
-        differences: Conditions that differ, name -> both values: the numbers of two runs are
-            only comparable in what does not depend on them.
+        reports: At least two; the first is the one that others are compared with.
+        names: One short name for each.
+        differences: Conditions that differ, name -> every report's value: the numbers of two runs
+            are only comparable in what does not depend on them.
     """
 
-    first: Report
-    second: Report
-    differences: Mapping[str, tuple[Any, Any]]
+    reports: tuple[Report, ...]
+    names: tuple[str, ...]
+    differences: Mapping[str, tuple[Any, ...]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return metric -> both values, plus what differs in the conditions."""
-        sides = (self.first.squeezed, self.second.squeezed)
+        """Return metric -> a value for each report, plus what differs in the conditions."""
+        sides = [report.squeezed for report in self.reports]
         rows = {
             f"{m.name} ({m.condition})": [m.value(side) for side in sides]
             for m in metrics(sides, {})
@@ -146,18 +146,20 @@ class Comparison:
         return {"metrics": rows, "differences": {k: list(v) for k, v in self.differences.items()}}
 
     def table(self) -> str:
-        """Lay out both squeezed models side by side, differing conditions underneath."""
-        text = tabulate([("first", self.first.squeezed), ("second", self.second.squeezed)], {})
-        rows = [f"{key}: {a} | {b}" for key, (a, b) in self.differences.items()]
+        """Lay out the squeezed models side by side, differing conditions underneath."""
+        columns = zip(self.names, (report.squeezed for report in self.reports), strict=True)
+        rows = [f"{key}: {' | '.join(map(str, v))}" for key, v in self.differences.items()]
+        text = tabulate(columns, {})
         return "\n".join([text, *(["Conditions that differ:", *rows] if rows else [])])
 
 
-def compare(first: Report, second: Report) -> Comparison:
-    """Set the squeezed sides of two reports beside one another and name differing conditions."""
-    flat = [_conditions(report) for report in (first, second)]
-    keys = dict.fromkeys([*flat[0], *flat[1]])
-    pairs = {key: (flat[0].get(key), flat[1].get(key)) for key in keys}
-    return Comparison(first, second, {k: v for k, v in pairs.items() if v[0] != v[1]})
+def compare(*reports: Report, names: Sequence[str] = ("first", "second")) -> Comparison:
+    """Set the squeezed sides of reports beside one another and name differing conditions."""
+    flat = [_conditions(report) for report in reports]
+    keys = dict.fromkeys(key for conditions in flat for key in conditions)
+    values = {key: tuple(conditions.get(key) for conditions in flat) for key in keys}
+    differing = {key: v for key, v in values.items() if any(x != v[0] for x in v)}
+    return Comparison(reports, tuple(names), differing)
 
 
 def _write(path: Path, text: str) -> None:

@@ -66,7 +66,7 @@ def scatter(
     margin = max((max(values) - min(values)) * 0.6, max(map(abs, values)) * 0.03, 1e-6)
     y_ticks = ticks(max(0.0, min(values) - margin), min(max(values) + margin, y_limit))
     frame = Frame(*size, (x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]))
-    parts = [_axes(frame, x_ticks, y_ticks, x_label, y_label)]
+    parts = [axes(frame, x_ticks, y_ticks, x_label, y_label)]
     start = points[0]
     for point in points[1:]:
         x, y = frame.x(start.x), frame.y(start.y)
@@ -74,7 +74,7 @@ def scatter(
         parts.append(f'<path class="link" d="{path}"/>')
     middle = sum(values) / len(values)
     parts += [_mark(frame, point, point.y >= middle) for point in points]
-    return _svg(frame.width, frame.height, parts, f"{y_label} against {x_label}")
+    return svg(frame.width, frame.height, parts, f"{y_label} against {x_label}")
 
 
 def bars(
@@ -86,7 +86,7 @@ def bars(
     count = max(len(values) for values in series.values())
     frame = Frame(*size, (-0.5, count - 0.5), (y_ticks[0], y_ticks[-1]))
     step = max(1, math.ceil(count / 20))
-    parts = [_axes(frame, list(range(0, count, step)), y_ticks, x_label, y_label, grid_x=False)]
+    parts = [axes(frame, list(range(0, count, step)), y_ticks, x_label, y_label, grid_x=False)]
     slot = (frame.x(1) - frame.x(0)) * 0.76 / len(series)
     for k, (name, values) in enumerate(series.items()):
         for i, value in enumerate(values):
@@ -99,7 +99,7 @@ def bars(
             )
     zero = frame.y(0)
     parts.append(f'<path class="zero" d="M{LEFT} {zero:.1f}H{frame.width - RIGHT}"/>')
-    return _svg(frame.width, frame.height, parts, f"{y_label} by {x_label}")
+    return svg(frame.width, frame.height, parts, f"{y_label} by {x_label}")
 
 
 def heat_map(rows: Sequence[Sequence[float]], x_label: str, y_label: str, width: int) -> str:
@@ -112,15 +112,15 @@ def heat_map(rows: Sequence[Sequence[float]], x_label: str, y_label: str, width:
     for i, row in enumerate(rows):
         y = TOP + i * tall
         if i % math.ceil(len(rows) / 40) == 0:
-            parts.append(_text(LEFT - 8, y + tall / 2 + 4, str(i), "end"))
+            parts.append(label(LEFT - 8, y + tall / 2 + 4, str(i), "end"))
         for j, value in enumerate(row):
             parts.append(_cell(LEFT + j * cell, y, cell, tall, value, f"layer {i}, head {j}"))
     base = TOP + len(rows) * tall
     for j in range(0, columns, math.ceil(columns / 32)):
-        parts.append(_text(LEFT + (j + 0.5) * cell, base + 16, str(j), "middle"))
-    parts.append(_text(LEFT + columns * cell / 2, base + 36, x_label, "middle", "name"))
+        parts.append(label(LEFT + (j + 0.5) * cell, base + 16, str(j), "middle"))
+    parts.append(label(LEFT + columns * cell / 2, base + 36, x_label, "middle", "name"))
     parts.append(_sideways(16, TOP + len(rows) * tall / 2, y_label))
-    return _svg(int(LEFT + columns * cell + RIGHT), height, parts, f"by {y_label} and {x_label}")
+    return svg(int(LEFT + columns * cell + RIGHT), height, parts, f"by {y_label} and {x_label}")
 
 
 def legend(names: Iterable[tuple[str, str]]) -> str:
@@ -139,27 +139,28 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def _axes(
+def axes(
     frame: Frame,
     x_ticks: Sequence[float],
     y_ticks: Sequence[float],
     x_label: str,
     y_label: str,
     grid_x: bool = True,
+    y_names: Sequence[str] | None = None,
 ) -> str:
-    """Draw grid lines, tick labels and the names of both axes."""
+    """Draw grid lines, tick labels (``y_names`` where given) and the names of both axes."""
     base, right = frame.height - BOTTOM, frame.width - RIGHT
     parts = []
     for value in x_ticks:
         x = frame.x(value)
         if grid_x:
             parts.append(f'<path class="grid" d="M{x:.1f} {TOP}V{base}"/>')
-        parts.append(_text(x, base + 17, f"{value:g}", "middle"))
-    for value in y_ticks:
+        parts.append(label(x, base + 17, f"{value:g}", "middle"))
+    for value, name in zip(y_ticks, y_names or [f"{v:g}" for v in y_ticks], strict=True):
         y = frame.y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/>')
-        parts.append(_text(LEFT - 8, y + 4, f"{value:g}", "end"))
-    parts.append(_text((LEFT + right) / 2, frame.height - 8, x_label, "middle", "name"))
+        parts.append(label(LEFT - 8, y + 4, name, "end"))
+    parts.append(label((LEFT + right) / 2, frame.height - 8, x_label, "middle", "name"))
     parts.append(_sideways(14, (TOP + base) / 2, y_label))
     return "".join(parts)
 
@@ -168,9 +169,9 @@ def _mark(frame: Frame, point: Point, label_above: bool) -> str:
     """Draw one point with its label on the side that has room."""
     x, y = frame.x(point.x), frame.y(point.y)
     side, anchor = (-11, "end") if x > frame.width * 0.7 else (11, "start")
-    label = _text(x + side, y - 9 if label_above else y + 18, point.label, anchor, "label")
+    name = label(x + side, y - 9 if label_above else y + 18, point.label, anchor, "label")
     title = f"<title>{escape(point.label)}: {point.x:.4g}, {point.y:.4g}</title>"
-    return f'<circle class="{point.style}" cx="{x:.1f}" cy="{y:.1f}" r="6">{title}</circle>{label}'
+    return f'<circle class="{point.style}" cx="{x:.1f}" cy="{y:.1f}" r="6">{title}</circle>{name}'
 
 
 def _cell(x: float, y: float, width: float, height: float, value: float, name: str) -> str:
@@ -184,10 +185,11 @@ def _cell(x: float, y: float, width: float, height: float, value: float, name: s
     if width < 34 or height < 14:
         return box
     style = "over" if share > 0.5 else "under"
-    return box + _text(x + width / 2, y + height / 2 + 4, f"{value:.2f}", "middle", style)
+    return box + label(x + width / 2, y + height / 2 + 4, f"{value:.2f}", "middle", style)
 
 
-def _text(x: float, y: float, text: str, anchor: str, style: str = "tick") -> str:
+def label(x: float, y: float, text: str, anchor: str, style: str = "tick") -> str:
+    """Write one line of text at a pixel."""
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
     return f'<text class="{style}" {place}>{escape(text)}</text>'
 
@@ -197,6 +199,7 @@ def _sideways(x: float, y: float, text: str) -> str:
     return f'<text class="name" {place}>{escape(text)}</text>'
 
 
-def _svg(width: int, height: int, parts: Iterable[str], label: str) -> str:
+def svg(width: int, height: int, parts: Iterable[str], name: str) -> str:
+    """Join the parts of a picture; ``name`` is what a screen reader says."""
     box = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    return f'<svg {box} role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    return f'<svg {box} role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'

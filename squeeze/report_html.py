@@ -18,13 +18,34 @@ if TYPE_CHECKING:
 
 KV_TOKENS = 8192  # length at which the cache is counted beside the weights
 
-STYLE = """
+COLOURS = """
 :root { color-scheme: light dark;
   --page: #f6f7f8; --card: #fff; --ink: #1c2026; --soft: #626b77; --line: #e3e6ea;
   --accent: #1f6feb; --on-accent: #fff; --dense: #8a93a0; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #14171b; --card: #1b1f25; --ink: #e4e7eb; --soft: #98a1ad; --line: #2d333b;
   --accent: #6ea8fe; --on-accent: #10141a; --dense: #808a97; } }
+"""
+MARKS = """
+svg text { fill: var(--ink); font-size: 12px; font-variant-numeric: tabular-nums; }
+svg .tick { fill: var(--soft); }
+svg .name { fill: var(--soft); font-size: 12.5px; }
+svg .label { font-size: 13px; font-weight: 600; }
+svg .grid { stroke: var(--line); }
+svg .zero { stroke: var(--soft); }
+svg .link { stroke: var(--soft); stroke-dasharray: 3 4; }
+svg .heat { fill: var(--accent); }
+svg .over { fill: var(--on-accent); }
+.dense { fill: var(--dense); background: var(--dense); }
+.squeezed { fill: var(--accent); background: var(--accent); }
+.s0 { --c: hsl(213 75% 42%); } .s1 { --c: hsl(203 68% 60%); }
+.s2 { --c: hsl(32 80% 55%); } .s3 { --c: hsl(150 40% 45%); }
+.s0, .s1, .s2, .s3 { fill: var(--c); background: var(--c); }
+svg .small { font-size: 11.5px; paint-order: stroke; stroke: var(--card); stroke-width: 2.5px; }
+svg .front { fill: none; stroke: var(--soft); stroke-width: 1.5; }
+svg .lead { stroke: var(--soft); stroke-width: .7; }
+"""
+LAYOUT = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
@@ -55,20 +76,6 @@ pre { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   overflow-x: auto; }
 summary { cursor: pointer; font-weight: 600; }
 svg { max-width: 100%; height: auto; display: block; }
-svg text { fill: var(--ink); font-size: 12px; font-variant-numeric: tabular-nums; }
-svg .tick { fill: var(--soft); }
-svg .name { fill: var(--soft); font-size: 12.5px; }
-svg .label { font-size: 13px; font-weight: 600; }
-svg .grid { stroke: var(--line); }
-svg .zero { stroke: var(--soft); }
-svg .link { stroke: var(--soft); stroke-dasharray: 3 4; }
-svg .heat { fill: var(--accent); }
-svg .over { fill: var(--on-accent); }
-.dense { fill: var(--dense); background: var(--dense); }
-.squeezed { fill: var(--accent); background: var(--accent); }
-.s0 { --c: hsl(213 75% 42%); } .s1 { --c: hsl(203 68% 60%); }
-.s2 { --c: hsl(32 80% 55%); } .s3 { --c: hsl(150 40% 45%); }
-.s0, .s1, .s2, .s3 { fill: var(--c); background: var(--c); }
 .legend { font-size: 13px; margin: 6px 0; }
 .legend span { margin-right: 18px; }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 2px;
@@ -76,6 +83,7 @@ svg .over { fill: var(--on-accent); }
 @media (max-width: 820px) { .tiles { grid-template-columns: 1fr 1fr; }
   .pair { grid-template-columns: 1fr; } }
 """
+STYLE = COLOURS + LAYOUT + MARKS
 
 
 def page(report: Report) -> str:

@@ -29,7 +29,8 @@ class KVFormat(Protocol):
     """How keys or values of one layer are stored; knows nothing of models or caches.
 
     ``x`` is ``[..., H_kv, L, D]`` with ``L`` a multiple of ``block_length``; ``parameters`` holds
-    what ``fit`` returned, leading dimension ``H_kv``.
+    what ``fit`` returned, leading dimension ``H_kv``. A format that works in a basis of its own has
+    one more property, ``basis``: a ``Transform`` that the cache applies last, before ``encode``.
     """
 
     @property

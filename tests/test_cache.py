@@ -13,6 +13,7 @@ from squeeze import api
 from squeeze.cache import PackedCache, PackedLayer
 from squeeze.errors import UnsupportedError
 from tests import tiny
+from tests.cache_content import dequantized
 
 RECIPE = {
     "kv_cache": {
@@ -168,7 +169,7 @@ def test_the_current_call_is_exact_and_earlier_calls_are_as_stored() -> None:
     ids = tiny.prompt(1, 100)["input_ids"]
     assert torch.equal(result.model(ids).logits, dense(ids).logits)
     cache = result.model(ids[:, :70]).past_key_values
-    keys, _ = cache.layers[0].dequantized()
+    keys, _ = dequantized(cache.layers[0])
     exact = dense(ids[:, :70], use_cache=True).past_key_values.layers[0].keys
     newest = RECIPE["kv_cache"]["residual_length"]
     assert torch.equal(keys[:, :, -newest:], exact[:, :, -newest:])
@@ -204,10 +205,10 @@ def test_crop_inside_the_residual_works_and_beyond_it_raises() -> None:
     result = squeezed("llama")
     ids = tiny.prompt(1, 100)["input_ids"]
     cache = result.model(ids).past_key_values
-    keys, _ = cache.layers[0].dequantized()
+    keys, _ = dequantized(cache.layers[0])
     cache.crop(-5)
     assert cache.get_seq_length() == 95
-    assert torch.equal(cache.layers[0].dequantized()[0], keys[:, :, :95])
+    assert torch.equal(dequantized(cache.layers[0])[0], keys[:, :, :95])
     with pytest.raises(UnsupportedError, match="reaches into packed blocks"):
         cache.crop(-80)
 

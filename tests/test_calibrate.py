@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from squeeze.calibrate import PARTIAL, Stats, calibrate
 from squeeze.errors import CheckpointError, UnsupportedError
@@ -43,12 +44,66 @@ def test_key_mean_is_the_mean_of_cached_keys(llama):
         torch.testing.assert_close(found, layer.keys.mean(dim=(0, 2)), rtol=1e-4, atol=1e-6)
 
 
+def test_kv_samples_are_keys_and_values_of_tokens_spread_over_all_positions(llama):
+    tokens = text(samples=3)
+    stats = calibrate(llama, tokens, {"kv_samples"})
+    last = llama.config.max_position_embeddings - tokens.shape[1]
+    caches = [
+        llama(
+            sample[None], position_ids=torch.arange(tokens.shape[1])[None] + start, use_cache=True
+        ).past_key_values
+        for sample, start in zip(tokens, (0, last // 2, last), strict=True)
+    ]
+    for index in range(len(caches[0].layers)):
+        found = stats.tensors["kv_samples"][f"model.layers.{index}.self_attn"]
+        assert found.dtype == torch.float16
+        for side, name in enumerate(("keys", "values")):
+            parts = [getattr(cache.layers[index], name)[0] for cache in caches]
+            expected = torch.cat(parts, dim=1)
+            torch.testing.assert_close(found[side].float(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_kv_samples_are_bounded_and_evenly_spaced(llama, monkeypatch):
+    monkeypatch.setattr("squeeze.calibrate.SAMPLED_TOKENS", 6)
+    tokens = text(samples=2, length=12)
+    bounded = calibrate(llama, tokens, {"kv_samples"}).tensors["kv_samples"]
+    monkeypatch.undo()
+    whole = calibrate(llama, tokens, {"kv_samples"}).tensors["kv_samples"]
+    places = torch.tensor([2, 6, 10, 14, 18, 22])
+    for name, found in bounded.items():
+        assert torch.equal(found, whole[name][:, :, places])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_kv_importance_is_the_mean_square_of_queries(family):
+    model, tokens = tiny.model(family), text(samples=2)
+    found = calibrate(model, tokens, {"kv_importance"}).tensors["kv_importance"]
+    seen = {}
+
+    def spy(module, query, key, *args, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        squares = query.square().unflatten(1, (key.shape[1], groups)).mean(dim=(0, 2, 3))
+        seen[module.layer_idx] = squares
+        return sdpa(module, query, key, *args, **kwargs)
+
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    model.set_attn_implementation("sdpa")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", spy)
+        model(tokens)
+    assert len(found) == len(seen) == 2
+    for name, importance in found.items():
+        index = int(name.split(".")[2])
+        torch.testing.assert_close(importance[0], seen[index], rtol=1e-4, atol=1e-6)
+        assert importance[1].eq(1).all()
+
+
 def test_leaves_the_model_as_it_was(llama):
     tokens = text()
     llama.train()
     before = llama(tokens[:1]).logits
     flags = [p.requires_grad for p in llama.parameters()]
-    calibrate(llama, tokens, {"fisher", "key_mean"})
+    calibrate(llama, tokens, {"fisher", "key_mean", "kv_importance", "kv_samples"})
     assert llama.training
     assert [p.requires_grad for p in llama.parameters()] == flags
     assert all(p.grad is None for p in llama.parameters())
@@ -68,16 +123,17 @@ def test_bfloat16_model_is_measured_in_float32(llama):
 
 def test_killed_run_resumes_to_the_same_bits(llama, tmp_path):
     tokens = text(10)
-    whole = calibrate(llama, tokens, {"fisher", "key_mean"})
+    wanted = {"fisher", "key_mean", "kv_importance", "kv_samples"}
+    whole = calibrate(llama, tokens, wanted)
 
     def kill(stage, done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate(llama, tokens, {"fisher", "key_mean"}, folder=tmp_path, progress=kill)
+        calibrate(llama, tokens, wanted, folder=tmp_path, progress=kill)
     seen = []
     resumed = calibrate(
-        llama, tokens, {"fisher", "key_mean"}, folder=tmp_path,
+        llama, tokens, wanted, folder=tmp_path,
         progress=lambda stage, done, total: seen.append((done, total)),
     )  # fmt: skip
     assert seen == [(8, 10), (10, 10)]

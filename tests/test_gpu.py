@@ -77,3 +77,66 @@ def test_a_padded_row_equals_the_row_alone() -> None:
         single = model(ids[1:, now], past_key_values=alone)
         difference = (both.logits[1] - single.logits[0]).abs().max()
         assert difference <= 2e-3 * single.logits.abs().max()
+
+
+@torch.no_grad()
+def test_a_captured_step_of_a_static_cache_replays_to_what_the_growing_cache_gives() -> None:
+    model = load_model("reference", device="cuda", dtype=torch.float32)
+    squeeze.run({"kv_cache": RECIPE["kv_cache"]}, model, evaluate=False)
+    generator = torch.Generator("cuda").manual_seed(2)
+    ids = torch.randint(3, 8000, (2, 500), device="cuda", generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :60] = 0
+    settings = {"max_new_tokens": 300, "min_new_tokens": 300, "do_sample": False}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(ids, attention_mask=mask, **settings)
+    cache = squeeze.static_cache(model, 800)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    token, place = expected.sequences[:, 500:501].clone(), mask.sum(1, keepdim=True)
+
+    def step() -> torch.Tensor:
+        return model(token, position_ids=place, past_key_values=cache).logits[:, -1]
+
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with cache.recording():
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+                cache.rewind()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            logits = step()
+    for t in range(1, 300):
+        graph.replay()
+        cache.advance()
+        error = (logits - expected.logits[t]).abs().max()
+        assert error <= 2e-3 * expected.logits[t].abs().max(), f"step {t}"
+        token.copy_(expected.sequences[:, 500 + t : 501 + t])
+        place += 1
+    assert cache.static_layers[0].blocks == [5, 4]
+    assert cache.static_layers[0].block_counts.device.tolist() == [5, 4]
+
+
+@torch.no_grad()
+def test_an_offloaded_cache_decodes_the_same_and_holds_two_layers_on_the_device() -> None:
+    generator = torch.Generator("cuda").manual_seed(3)
+    ids = torch.randint(3, 8000, (2, 1200), device="cuda", generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :100] = 0
+    found = []
+    for offload in (False, True):
+        recipe = {"kv_cache": {**RECIPE["kv_cache"], "offload": offload}}
+        model = squeeze.run(recipe, "reference", device="cuda", evaluate=False).model
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=300, do_sample=False,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        found.append(out)
+    plain, moved = (out.past_key_values for out in found)
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    assert torch.equal(torch.stack(found[0].logits), torch.stack(found[1].logits))
+    blocks = moved.packed_layers[0].key_blocks
+    assert blocks.segments[0]["codes"].is_pinned() and blocks.addresses is None
+    assert moved.nbytes - moved.host_nbytes < 0.6 * plain.nbytes

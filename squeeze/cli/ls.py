@@ -35,13 +35,11 @@ def _methods(kind: str) -> list[dict[str, Any]]:
     for name in registry.names(kind):
         info = registry.info(kind, name)
         source = {"source": info.source, "year": info.year}
-        rows.append(
-            {"name": name, "idea": info.idea, "parameters": _parameters(info.cls), **source}
-        )
+        rows.append({"name": name, "idea": info.idea, "parameters": parameters(info.cls), **source})
     return rows
 
 
-def _parameters(cls: type) -> dict[str, str]:
+def parameters(cls: type) -> dict[str, str]:
     """Say for every field of a method what it may be, and its default."""
     import typing
     from dataclasses import MISSING, fields

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -52,8 +53,11 @@ def _distinct_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Walk dictionaries and sequences for tensors."""
-    if isinstance(value, Tensor):
+    """Walk dictionaries, sequences and tensors made of tensors for what holds the bytes."""
+    if is_traceable_wrapper_subclass(value):
+        names, _ = value.__tensor_flatten__()
+        yield from _tensors([getattr(value, name) for name in names])
+    elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))

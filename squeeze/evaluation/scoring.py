@@ -116,6 +116,29 @@ def scoring(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+@contextmanager
+def supplied_cache(model: nn.Module, make: Callable[[], Any]) -> Iterator[None]:
+    """Let every sequence that would start transformers' own cache start one of ``make`` instead.
+
+    Args:
+        model: Any Hugging Face causal language model.
+        make: Returns a new, empty cache; called at each forward that begins one.
+    """
+
+    def supply(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if kwargs.get("use_cache") and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = make()
+        return args, kwargs
+
+    hook = model.register_forward_pre_hook(supply, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def continuation_logits(
     model: Any, ids: Tensor, start: int, mode: str, chunk: int = CHUNK_TOKENS
 ) -> Iterator[tuple[Tensor, Tensor]]:

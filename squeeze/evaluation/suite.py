@@ -40,6 +40,26 @@ BFLOAT16_BYTES = 2
 COUNTED_AT = 2048
 
 
+def calibration_texts(settings: Calibration) -> Sequence[str]:
+    """Read the texts that calibration draws from.
+
+    Raises:
+        RecipeError: ``data`` is neither ``"books"`` nor a file.
+    """
+    if settings.data == "books":
+        return reference.calibration_passages()
+    path = Path(settings.data)
+    if not path.is_file():
+        raise RecipeError(
+            "calibration.data",
+            f"no file {settings.data!r}",
+            "'books', or a path to a .txt or .json file",
+            "Check the path",
+        )
+    content = path.read_text(encoding="utf-8")
+    return json.loads(content) if path.suffix == ".json" else [content]
+
+
 def calibration_tokens(tokenizer: Any, settings: Calibration) -> Tensor:
     """Draw the calibration sequences.
 
@@ -54,24 +74,10 @@ def calibration_tokens(tokenizer: Any, settings: Calibration) -> Tensor:
     Raises:
         RecipeError: the data is unknown or too short.
     """
-    place = "calibration.data"
-    if settings.data == "books":
-        texts: Sequence[str] = reference.calibration_passages()
-    else:
-        path = Path(settings.data)
-        if not path.is_file():
-            raise RecipeError(
-                place,
-                f"no file {settings.data!r}",
-                "'books', or a path to a .txt or .json file",
-                "Check the path",
-            )
-        content = path.read_text(encoding="utf-8")
-        texts = json.loads(content) if path.suffix == ".json" else [content]
     generator = random.Random(settings.seed)
     head = start_tokens(tokenizer)
     body = settings.length - len(head)
-    joined = "\n".join(texts)
+    joined = "\n".join(calibration_texts(settings))
     rows = []
     for _ in range(settings.samples):
         # Eight characters a token are more than enough; a short read is tried once from the start.
@@ -79,7 +85,7 @@ def calibration_tokens(tokenizer: Any, settings: Calibration) -> Tensor:
         ids = encode(tokenizer, joined[first : first + 8 * settings.length])
         if len(ids) < body:
             raise RecipeError(
-                place,
+                "calibration.data",
                 f"a sample has {len(ids)} tokens",
                 f"at least {body}, as calibration.length asks",
                 "Give more text, or lower calibration.length",

@@ -4,6 +4,9 @@ A width is split into planes of 4, 2 and 1 bits (3 = 2 + 1, 8 = 4 + 4), so every
 lies inside one word and a shift and a mask read it. In a plane of width w, a run of ``length``
 values takes ``length * w / 32`` words, and field i of word j is value ``i * words + j``: unpacking
 field by field yields contiguous runs, in order. Planes follow each other, low bits first.
+
+``pack_bytes`` does the same with bytes for words, for data that is read a byte at a time: there a
+width of 8 is one plane.
 """
 
 from __future__ import annotations
@@ -72,3 +75,55 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
         result |= fields.flatten(-2).to(torch.uint8) << low
         start, low = start + count, low + width
     return result
+
+
+def pack_bytes(values: Tensor, bits: int) -> Tensor:
+    """Pack integers in ``[0, 2**bits)`` along the second dimension from the end.
+
+    Args:
+        values: Any integer dtype, ``[..., length, columns]``, length a multiple of 8.
+        bits: Width, 1 to 8.
+    Returns:
+        uint8 ``[..., length * bits / 8, columns]``, contiguous: in a plane of width w and
+        ``rows = length * w / 8``, field i of row j is value ``i * rows + j``.
+    """
+    if values.shape[-2] % 8:
+        raise ValueError(f"length must be a multiple of 8, got {values.shape[-2]}")
+    values = values.to(torch.uint8)
+    planes, low = [], 0
+    for width in _byte_planes(bits):
+        fields = ((values >> low) & (2**width - 1)).unflatten(-2, (8 // width, -1))
+        plane = fields[..., 0, :, :].clone()
+        for i in range(1, 8 // width):
+            plane |= fields[..., i, :, :] << (i * width)
+        planes.append(plane)
+        low += width
+    return torch.cat(planes, dim=-2)
+
+
+def unpack_bytes(packed: Tensor, bits: int, length: int) -> Tensor:
+    """Undo ``pack_bytes``.
+
+    Args:
+        packed: uint8 ``[..., length * bits / 8, columns]``.
+        bits: Width, 1 to 8.
+        length: Number of values along that dimension, a multiple of 8.
+    Returns:
+        uint8 ``[..., length, columns]``.
+    """
+    start = low = 0
+    result = None
+    for width in _byte_planes(bits):
+        rows = length * width // 8
+        plane = packed[..., start : start + rows, :]
+        parts = [(plane >> i) & (2**width - 1) for i in range(0, 8, width)]
+        fields = torch.cat(parts, dim=-2) << low
+        result = fields if result is None else result | fields
+        start, low = start + rows, low + width
+    assert result is not None
+    return result
+
+
+def _byte_planes(bits: int) -> tuple[int, ...]:
+    """Widths of the planes in bytes."""
+    return (8,) if bits == 8 else PLANES[bits]

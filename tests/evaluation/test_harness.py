@@ -94,7 +94,7 @@ def write_tasks(folder):
 def test_simple_evaluate_runs_on_a_squeezed_model(adapter, tokenizer, tmp_path):
     result = squeeze.run(
         "kv4", "reference", dtype="float32", evaluate=False,
-        overrides={"kv_cache.residual_length": 32, "kv_cache.block_length": 64},
+        overrides={"kv_cache.residual_length": 32},
     )  # fmt: skip
     names = write_tasks(tmp_path)
     output = lm_eval.simple_evaluate(

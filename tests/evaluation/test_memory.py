@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache
 
 from squeeze.evaluation.memory import kv_bytes, weight_bytes
@@ -34,3 +35,8 @@ def test_a_cache_is_asked_or_walked(pico):
     packed = {"words": torch.zeros(3, dtype=torch.int32), "scale": [torch.zeros(2).half()]}
     layer = SimpleNamespace(packed=packed, length=6)
     assert kv_bytes(SimpleNamespace(layers=[layer])) == 16
+
+
+def test_a_tensor_made_of_tensors_counts_as_what_it_holds():
+    layer = SimpleNamespace(quantized=TwoTensor(torch.zeros(3), torch.zeros(3)))
+    assert kv_bytes(SimpleNamespace(layers=[layer])) == 24

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.nn import functional
+from transformers import DynamicCache
 
 from squeeze.errors import RecipeError
 from squeeze.evaluation import scoring
@@ -85,3 +86,21 @@ def test_limits_are_positive_and_bounded():
         scoring.check_limit(0, 16)
     with pytest.raises(RecipeError, match=r"limit: 9. Allowed: 1 to 8"):
         scoring.check_limit(9, 16, 8)
+
+
+def test_a_supplied_cache_is_new_for_every_sequence_and_gone_after(pico):
+    made = []
+
+    class Forgetful(DynamicCache):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    ids = torch.zeros(1, 30, dtype=torch.int64)
+    with scoring.scoring(pico), scoring.supplied_cache(pico, Forgetful):
+        for _ in range(2):
+            scoring.negative_log_likelihood(pico, ids, 10, "decode", 8)
+        scoring.negative_log_likelihood(pico, ids, 10, "prefill")
+    assert [cache.get_seq_length() for cache in made] == [29, 29]
+    pico(ids, use_cache=True)
+    assert len(made) == 2

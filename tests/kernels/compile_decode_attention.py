@@ -13,9 +13,10 @@ import tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from squeeze.kernels.decode_attention import gluon, streamed, tuning
 from squeeze.kernels.decode_attention import triton as kernel
-from squeeze.kernels.decode_attention import tuning
 from squeeze.quant.kv._raw import RawBlocks
 from squeeze.quant.kv.affine import Affine
 
@@ -44,6 +45,45 @@ CASES = {
     "swapped": (Affine(4, "token", 32), Affine(4, "channel", 32), 128, 128, 16, "fp16"),
     "raw": (RawBlocks(), Affine(2, "token", 32), 64, 128, 64, "bf16"),
 }
+# Keys, values, block length, head size, columns, programs of a processor.
+STREAMED = {
+    "streamed_four": (Affine(4, "channel", 64), Affine(4, "token", 64), 128, 128, 8, 12),
+    "streamed_wide": (Affine(4, "channel", 128), Affine(4, "token", 128), 128, 128, 8, 12),
+    "streamed_two": (Affine(2, "channel", 64), Affine(2, "token", 64), 128, 128, 8, 12),
+    "streamed_eight": (Affine(8, "token", 64), Affine(8, "token", 64, True), 64, 64, 16, 8),
+}
+
+
+def compile_streamed(case, capability):
+    """Compile the streaming kernel as it is launched."""
+    keys, values, length, size, columns, programs = case
+    sides = streamed.pieces([streamed.describe(item, length, size) for item in (keys, values)])
+    names = gluon.attend.arg_names
+    constants = {"D": size, "N": columns, "SLOTS": 64, "HAS_SHIFT": True, "HAS_SOFTCAP": False}
+    constants["OVERLAP"] = capability >= 90
+    constants |= {"KEYS": sides[0], "VALUES": sides[1]}
+    signature = {name: text.format("bf16") for name, text in POINTERS.items()}
+    for name, side in zip(("key_tables", "value_tables"), sides, strict=True):
+        signature[name] = ("*i64",) * (2 + side[5])
+    signature |= {name: ("i32",) * 3 for name in names if name.endswith("strides")}
+    signature |= {"scaling": "fp32", "softcap": "fp32"}
+    counts = ("kv_heads", "groups", "steps", "exact_splits", "splits")
+    signature |= dict.fromkeys(counts, "i32") | dict.fromkeys(constants, "constexpr")
+    aligned = {}
+    for i, name in enumerate(names):
+        if name in POINTERS:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif name.endswith("strides"):
+            aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
+    source = GluonASTSource(
+        gluon.attend,
+        {name: signature[name] for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        aligned,
+    )
+    options = {"num_warps": 1, "maxnreg": streamed.registers(programs)}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return {"shared": compiled.metadata.shared} | inspect(compiled.asm["cubin"])
 
 
 def compile_case(case, capability, warps=None, stages=None):
@@ -86,10 +126,11 @@ def compile_case(case, capability, warps=None, stages=None):
 def compile_merge(capability):
     """Compile the second kernel for heads of 80 and 17 splits."""
     names = kernel._merge.arg_names
-    constants = {"D": 80, "ALL": 32, "WIDTH": 64, "CHUNK": 16, "SPLIT_OUTPUT": True}
+    constants = {"D": 80, "ALL": 32, "WIDTH": 16, "SPLIT_OUTPUT": True, "OVERLAP": capability >= 90}
     source = ASTSource(
         kernel._merge,
-        {name: "constexpr" if name in constants else "*fp32" for name in names} | {"splits": "i32"},
+        {name: "constexpr" if name in constants else "*fp32" for name in names}
+        | {"exact_splits": "i32", "columns": "i32"},
         {(names.index(name),): value for name, value in constants.items()},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
@@ -112,5 +153,8 @@ if __name__ == "__main__":
         name, capability = argument.split(":")
         merge = name == "merge"
         target = int(capability)
-        result = compile_merge(target) if merge else compile_case(CASES[name], target)
+        if name in STREAMED:
+            result = compile_streamed(STREAMED[name], target)
+        else:
+            result = compile_merge(target) if merge else compile_case(CASES[name], target)
         print(json.dumps({"case": name, "capability": target} | result), flush=True)

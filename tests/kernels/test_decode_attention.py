@@ -14,6 +14,8 @@ from squeeze.errors import DeviceError, UnsupportedError
 from squeeze.kernels.decode_attention import api
 from squeeze.quant.kv._raw import RawBlocks
 from squeeze.quant.kv.affine import Affine
+from squeeze.quant.kv.float8 import Float8
+from squeeze.quant.kv.graded import Graded
 from squeeze.types import Implementation, PackedBlocks
 
 interpreted = pytest.mark.skipif(
@@ -81,7 +83,9 @@ def poison(blocks, counts):
         for segment in blocks.segments:
             size = next(iter(segment.values())).shape[0]
             for x in segment.values():
-                x[max(count - first, 0) :, row] = -1 if x.dtype == torch.int32 else float("nan")
+                x[max(count - first, 0) :, row] = (
+                    float("nan") if x.is_floating_point() else 2 ** (8 * x.element_size() - 1) - 1
+                )
             first += size
 
 
@@ -202,6 +206,8 @@ def magnitude(blocks, count):
     """Largest ``|code * scale| + |zero|`` of the stored values: the terms a kernel adds up."""
     if blocks is None or "scale" not in blocks.segments[0]:
         return 0.0
+    if blocks.format.info.name in ("float8", "graded"):
+        return float(blocks.format.decode(blocks.segments[0], {})[:count, :1].abs().max())
     first = {name: x[:count, :1].float() for name, x in blocks.segments[0].items()}
     levels = 2**blocks.format.bits - 1
     zero = first.get("zero", torch.zeros(()))
@@ -273,6 +279,10 @@ def test_kernel_in_half_precision():
 
 COMPILED = [
     ("tiny:80", "tiny:90", "merge:80", "merge:90"),
+    ("streamed_four:90", "streamed_two:80"),
+    pytest.param(
+        ("streamed_wide:90", "streamed_two:90", "streamed_eight:90"), marks=pytest.mark.slow
+    ),
     pytest.param(("short:100", "default:80", "default:90", "default:100"), marks=pytest.mark.slow),
     pytest.param(
         ("wide:90", "two:90", "three:90", "eight:90", "swapped:90", "raw:90"),
@@ -372,18 +382,51 @@ def test_kernel_on_the_gpu_matches_float64(case):
     within_budget(output, lse, arguments, case, torch.bfloat16)
 
 
+STREAMED_CASES = [
+    Case(k, v, length=length, size=size, groups=groups, steps=steps, dtype=torch.bfloat16,
+         blocks=(11, 4), exact=(130, 64), shifted=bool(groups % 2),
+         softcap=3.0 if groups == 8 else None)
+    for k, v, length, size in (
+        (Affine(4, "channel", 64), Affine(4, "token", 64), 128, 128),
+        (Affine(4, "channel", 128), Affine(4, "token", 128, True), 128, 128),
+        (Affine(2, "channel", 64), Affine(2, "token", 64), 128, 64),
+        (Affine(8, "channel", 64, True), Affine(8, "token", 128), 128, 128),
+        (Affine(8, "token", 64), Affine(2, "token", 32), 128, 64),
+        (Affine(4, "token", 256), Affine(4, "token", 128), 64, 256),
+        (Affine(2, "channel", 128), Affine(4, "token", 64), 256, 64),
+        (Float8(), Float8(), 128, 128),
+        (Graded((4, 0)), Affine(2, "token", 64), 128, 128),
+        (Graded((4, 0)), Affine(4, "token", 64), 128, 64),
+    )
+    for groups, steps in ((1, 1), (3, 2), (4, 1), (7, 1), (8, 2))
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", STREAMED_CASES, ids=range(len(STREAMED_CASES)))
+def test_streaming_kernel_matches_float64(case):
+    from squeeze.kernels.decode_attention import streamed
+
+    arguments = build(case, seed=STREAMED_CASES.index(case), device="cuda")
+    assert streamed.takes(arguments[1], arguments[6:8], arguments[3], arguments[4])
+    output, lse = call(arguments, case, Implementation.TRITON)
+    within_budget(output, lse, arguments, case, torch.bfloat16)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [4, 2])
 def test_every_launch_setting_matches_float64(bits, monkeypatch):
-    from squeeze.kernels.decode_attention import tuning
+    from squeeze.kernels.decode_attention import streamed, tuning
 
     formats = Affine(bits, "channel", 64), Affine(bits, "token", 64)
-    case = Case(*formats, length=128, size=128, groups=4, blocks=(11, 4), dtype=torch.bfloat16)
-    arguments = build(case, device="cuda")
-    for setting in tuning.candidates(1, 8):
-        monkeypatch.setattr(tuning, "default", lambda warps, tile, setting=setting: setting)
-        output, lse = call(arguments, case, Implementation.TRITON)
-        within_budget(output, lse, arguments, case, torch.bfloat16)
+    first = Case(*formats, length=128, size=128, groups=4, blocks=(11, 4), dtype=torch.bfloat16)
+    portable = replace(first, keys=Affine(bits, "channel", 32))
+    for case, settings in ((first, streamed.SETTINGS), (portable, tuning.candidates(2, 8))):
+        arguments = build(case, device="cuda")
+        for setting in settings:
+            monkeypatch.setattr(tuning, "choose", lambda *_, setting=setting: setting)
+            output, lse = call(arguments, case, Implementation.TRITON)
+            within_budget(output, lse, arguments, case, torch.bfloat16)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -398,10 +441,10 @@ def test_settings_are_timed_once_and_only_for_long_calls(monkeypatch):
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(tuning, "_time", lambda call, option: timed.append(option) or -len(timed))
     long = tuning.WORTH_TUNING
-    assert tuning.choose("kind", 1, 8, long - 1, None) == listed[0]
+    assert tuning.choose("kind", listed, long - 1, None) == listed[0]
     assert not timed
-    assert tuning.choose("kind", 1, 8, long, None) == listed[-1]
-    assert tuning.choose("kind", 1, 8, long, None) == listed[-1]
+    assert tuning.choose("kind", listed, long, None) == listed[-1]
+    assert tuning.choose("kind", listed, long, None) == listed[-1]
     assert timed == listed
 
 

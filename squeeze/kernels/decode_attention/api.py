@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -84,9 +85,15 @@ def decode_attention(
     if implementation is not Implementation.TRITON:
         raise ValueError("implementation is auto; it is resolved while planning")
     require_triton(query.device, *(blocks.format for blocks in (keys, values) if blocks))
-    from squeeze.kernels.decode_attention import triton
+    from squeeze.kernels.decode_attention import codebook, streamed, triton
 
-    return triton.decode_attention(
+    # All compute the same: two are made for certain formats, the third takes every one.
+    kernel: ModuleType = triton
+    if codebook.takes(packed_query, exact_keys.shape[1], keys, values):
+        kernel = codebook
+    elif scaling > 0 and streamed.takes(packed_query, (exact_keys, exact_values), keys, values):
+        kernel = streamed
+    return kernel.decode_attention(
         *stored,
         *exact_slots,
         scaling=scaling,

@@ -102,27 +102,29 @@ def _scores(
 def _tiles(
     keys: PackedBlocks, values: PackedBlocks, counts: Tensor, max_blocks: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield decoded keys and values ``[B, H_kv, T, D]`` and the empty slots ``[B, 1, 1, T]``."""
+    """Yield decoded keys and values ``[B, H_kv, T, D]`` and the empty slots ``[B, 1, 1, T]``.
+
+    Tiles are cut by block number alone, so that the result does not depend on the segments.
+    """
     step = max(1, SUPER_BLOCK_TOKENS // keys.length)
-    first = 0
-    for key_segment, value_segment in zip(keys.segments, values.segments, strict=True):
-        size = next(iter(key_segment.values())).shape[0]
-        for start in range(0, min(size, max_blocks - first), step):
-            stop = min(start + step, size, max_blocks - first)
-            blocks = torch.arange(first + start, first + stop, device=counts.device)
-            empty = (blocks >= counts.view(-1, 1)).repeat_interleave(keys.length, dim=1)
-            yield (
-                _decode(keys, key_segment, start, stop),
-                _decode(values, value_segment, start, stop),
-                empty[:, None, None, :],
-            )
+    for start in range(0, max_blocks, step):
+        stop = min(start + step, max_blocks)
+        blocks = torch.arange(start, stop, device=counts.device)
+        empty = (blocks >= counts.view(-1, 1)).repeat_interleave(keys.length, dim=1)
+        yield _decode(keys, start, stop), _decode(values, start, stop), empty[:, None, None, :]
+
+
+def _decode(blocks: PackedBlocks, start: int, stop: int) -> Tensor:
+    """Decode blocks ``start`` to ``stop``, which segments may share, into ``[B, H_kv, T, D]``."""
+    parts, first = [], 0
+    for segment in blocks.segments:
+        size = next(iter(segment.values())).shape[0]
+        span = slice(max(start - first, 0), max(min(stop - first, size), 0))
+        if span.start < span.stop:
+            parts.append({name: component[span] for name, component in segment.items()})
         first += size
-
-
-def _decode(blocks: PackedBlocks, segment: dict[str, Tensor], start: int, stop: int) -> Tensor:
-    """Decode blocks ``start`` to ``stop`` of a segment into ``[B, H_kv, T, D]``."""
-    part = {name: component[start:stop] for name, component in segment.items()}
-    dense = blocks.format.decode(part, blocks.parameters)  # [N, B, H_kv, L, D]
+    merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    dense = blocks.format.decode(merged, blocks.parameters)  # [N, B, H_kv, L, D]
     return dense.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 

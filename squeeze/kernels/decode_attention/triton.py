@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from squeeze.kernels.decode_attention import tuning
 from squeeze.kernels.decode_attention.product import multiply, multiply_add
@@ -42,6 +43,30 @@ class Side(NamedTuple):
     meta: tuple[int, ...]
     parts: tuple[int, int, int]
     warps: int
+    sizes: tuple[tuple[int, int], ...] = ()  # see ``_prefetch``
+
+
+@triton.jit
+def _prefetch_component(address, SIZE: tl.constexpr, LINES: tl.constexpr):
+    """Ask for SIZE bytes to be brought into the GPU's cache, a line per thread."""
+    lines = tl.arange(0, LINES) % ((SIZE + 127) // 128)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [address + lines * 128],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _prefetch(tables, block, slab, SIZES: tl.constexpr):
+    """Prefetch one head's part of a block; SIZES has (bytes, power of two of lines) pairs."""
+    COUNT: tl.constexpr = len(SIZES)
+    for i in tl.static_range(0, COUNT):
+        address = tl.load(tables[i] + block) + slab * SIZES[i][0]
+        _prefetch_component(address, SIZES[i][0], SIZES[i][1])
 
 
 @triton.jit
@@ -175,6 +200,8 @@ def _packed(
     VALUE_ACCUMULATE: tl.constexpr,
     VALUE_META: tl.constexpr,
     VALUE_PARTS: tl.constexpr,
+    KEY_SIZES: tl.constexpr,
+    VALUE_SIZES: tl.constexpr,
 ):
     """Walk this split's share of the row's packed blocks, one block of L tokens at a time."""
     COUNT: tl.constexpr = VALUE_PARTS[0]
@@ -197,6 +224,9 @@ def _packed(
     for _ in tl.static_range(0, COUNT):
         output = output + (tl.zeros((M, WIDTH), tl.float32),)
     for block in range(first, last):
+        if block + 1 < last:
+            _prefetch(key_tables, block + 1, slab, KEY_SIZES)
+            _prefetch(value_tables, block + 1, slab, VALUE_SIZES)
         scores = KEY_SCORE(key_tables, block, slab, tiles, KEY_META)
         if HAS_SHIFT:
             scores += added[:, None]
@@ -248,6 +278,8 @@ def _attend(
     VALUE_ACCUMULATE: tl.constexpr,
     VALUE_META: tl.constexpr,
     VALUE_PARTS: tl.constexpr,
+    KEY_SIZES: tl.constexpr,
+    VALUE_SIZES: tl.constexpr,
     DENSE_PARTS: tl.constexpr,
 ):
     """Online softmax over one split: ``o = sum 2**(s - m) v``, ``l = sum 2**(s - m)``, ``m``.
@@ -309,12 +341,14 @@ def _attend(
             VALUE_ACCUMULATE,
             VALUE_META,
             VALUE_PARTS,
+            KEY_SIZES,
+            VALUE_SIZES,
         )
     tl.store(maxima + row * (splits + 1) + split, maximum, mask=valid)
     tl.store(totals + row * (splits + 1) + split, total, mask=valid)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["columns"])
 def _merge(
     partial,
     maxima,
@@ -322,44 +356,49 @@ def _merge(
     packed_output,
     exact_output,
     lse,
-    splits,
+    exact_splits,
+    columns,
     D: tl.constexpr,
     ALL: tl.constexpr,
     WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
     SPLIT_OUTPUT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Combine one row's splits: ``o = sum o_i 2**(m_i - m) / sum l_i 2**(m_i - m)``.
 
-    A program takes WIDTH channels of one row, CHUNK splits at a time, in float32.
+    A program takes WIDTH channels of one row and all splits at once, in float32; the first
+    ``exact_splits`` of a row's ``columns`` splits are exact slots.
     """
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    inside = column < D
-    base = row * (splits + 1)
-    every = tl.arange(0, ALL)
-    local = tl.load(maxima + base + every, mask=every <= splits, other=float("-inf"))
-    sums = tl.load(totals + base + every, mask=every <= splits, other=0.0)
+    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    part = tl.arange(0, ALL)
+    there = part < columns
+    places = row * columns + part
+    if OVERLAP:
+        # Launched while the splits still ran: wait for them.
+        gdc_wait()
+    tile = tl.load(
+        partial + places[:, None] * D + channel[None, :],
+        mask=there[:, None] & (channel < D)[None, :],
+        other=0.0,
+    )
+    local = tl.load(maxima + places, mask=there, other=float("-inf"))
+    sums = tl.load(totals + places, mask=there, other=0.0)
     maximum = tl.max(local, 0)
     finite = tl.where(maximum == float("-inf"), 0.0, maximum)
-    total = tl.sum(sums * tl.exp2(local - finite), 0)
+    weights = tl.exp2(local - finite)
+    total = tl.sum(sums * weights, 0)
     divisor = tl.where(total == 0.0, 1.0, total)
-    exact = tl.load(partial + base * D + column, mask=inside, other=0.0)
-    exact *= tl.exp2(tl.load(maxima + base) - finite) / divisor
-    packed = tl.zeros((WIDTH,), tl.float32)
-    for start in range(1, splits + 1, CHUNK):
-        part = start + tl.arange(0, CHUNK)
-        there = part <= splits
-        highest = tl.load(maxima + base + part, mask=there, other=float("-inf"))
-        places = (base + part)[:, None] * D + column[None, :]
-        tile = tl.load(partial + places, mask=there[:, None] & inside[None, :], other=0.0)
-        packed += tl.sum(tile * tl.exp2(highest - finite)[:, None], 0)
-    packed /= divisor
+    weights /= divisor
+    target = row * D + channel
     if SPLIT_OUTPUT:
-        tl.store(packed_output + row * D + column, packed, mask=inside)
-        tl.store(exact_output + row * D + column, exact, mask=inside)
+        exact = tl.where(part < exact_splits, weights, 0.0)
+        packed = tl.where(part < exact_splits, 0.0, weights)
+        exact = tl.sum(tile * exact[:, None], 0)
+        tl.store(exact_output + target, exact, mask=channel < D)
+        tl.store(packed_output + target, tl.sum(tile * packed[:, None], 0), mask=channel < D)
     else:
-        tl.store(packed_output + row * D + column, packed + exact, mask=inside)
+        tl.store(packed_output + target, tl.sum(tile * weights[:, None], 0), mask=channel < D)
     if tl.program_id(1) == 0:
         logarithm = (finite + tl.log2(divisor)) * 0.6931471805599453
         tl.store(lse + row, tl.where(total == 0.0, float("-inf"), logarithm))
@@ -414,14 +453,68 @@ def decode_attention(
             dense, counts, sides, options, scaling, softcap, tokens, split_output, setting
         )
 
-    warps = max(side.warps for side in sides)
-    setting = tuning.default(warps, tile)
-    if query.is_cuda and options["PACKED"]:
-        facts = [(side.module.__name__, side.meta) for side in sides]
-        key = (query.device, query.dtype, size, tile, shift is None, softcap is None, *facts)
-        work = tokens * query.shape[0] * kv_heads
-        setting = tuning.choose(key, warps, tile, work, launch)
-    return launch(setting)
+    settings = tuning.candidates(max(side.warps for side in sides), tile)
+    if not query.is_cuda or not options["PACKED"]:
+        return launch(settings[0])
+    facts = [(side.module.__name__, side.meta) for side in sides]
+    key = (query.device, query.dtype, size, tile, shift is None, softcap is None, *facts)
+    work = tokens * query.shape[0] * kv_heads
+    return launch(tuning.choose(key, settings, work, launch))
+
+
+class Scratch(NamedTuple):
+    """Where splits leave their results, and where these are merged to.
+
+    Attributes:
+        partial: float32 ``[rows, splits, D]``, rows in the order ``[B, H_kv, G, T_q]``.
+        maxima: float32 ``[rows, splits]``, base-2.
+        totals: As ``maxima``.
+        outputs: float32 ``[1 or 2, B, H, T_q, D]``: packed and exact part, or both together.
+        lse: float32 ``[B, H, T_q]``.
+    """
+
+    partial: Tensor
+    maxima: Tensor
+    totals: Tensor
+    outputs: Tensor
+    lse: Tensor
+
+    @classmethod
+    def allocate(cls, query: Tensor, splits: int, split_output: bool) -> Scratch:
+        """Reserve memory for a call's splits."""
+        batch, heads, steps, size = query.shape
+        shape = (batch * heads * steps, splits)
+        partial = query.new_empty(*shape, size, dtype=torch.float32)
+        maxima, totals = query.new_empty(2, *shape, dtype=torch.float32)
+        outputs = query.new_empty(2 if split_output else 1, *query.shape, dtype=torch.float32)
+        lse = query.new_empty(batch, heads, steps, dtype=torch.float32)
+        return cls(partial, maxima, totals, outputs, lse)
+
+    def merge(self, exact_splits: int, overlap: bool = False) -> tuple[Tensor, ...]:
+        """Combine the splits, of which the first ``exact_splits`` are exact slots.
+
+        With ``overlap`` the launch does not wait for the kernel before it, which must allow that.
+        """
+        rows, splits, size = self.partial.shape
+        width = min(16, triton.next_power_of_2(size))
+        _merge[(rows, triton.cdiv(size, width))](
+            self.partial,
+            self.maxima,
+            self.totals,
+            self.outputs[0],
+            self.outputs[-1],
+            self.lse,
+            exact_splits,
+            splits,
+            D=size,
+            ALL=triton.next_power_of_2(splits),
+            WIDTH=width,
+            SPLIT_OUTPUT=self.outputs.shape[0] == 2,
+            OVERLAP=overlap,
+            num_warps=4,
+            **({"launch_pdl": True} if overlap else {}),
+        )
+        return (*self.outputs.unbind(0), self.lse)
 
 
 def _launch(
@@ -437,29 +530,25 @@ def _launch(
 ) -> tuple[Tensor, ...]:
     """Allocate scratch and results, and run both kernels under one setting."""
     query, packed_query, shift, exact_keys, exact_values = dense
-    batch, heads, steps, size = query.shape
+    batch, heads, steps, _ = query.shape
     kv_heads = exact_keys.shape[1]
     rows = heads // kv_heads * steps
     tiles = triton.cdiv(rows, options["M"])
     splits = _splits(query.device, batch * kv_heads * tiles, tokens, setting.programs)
-    shape = (batch * kv_heads * rows, splits + 1)
-    partial = query.new_empty(*shape, size, dtype=torch.float32)
-    maxima, totals = query.new_empty(2, *shape, dtype=torch.float32)
-    outputs = query.new_empty(2 if split_output else 1, *query.shape, dtype=torch.float32)
-    lse = query.new_empty(batch, heads, steps, dtype=torch.float32)
+    scratch = Scratch.allocate(query, splits + 1, split_output)
     _attend[(splits + 1, batch * kv_heads, tiles)](
         query,
         packed_query,
-        lse if shift is None else shift.contiguous(),
+        scratch.lse if shift is None else shift.contiguous(),
         sides[0].tables,
         sides[1].tables,
         counts[0],
         exact_keys,
         exact_values,
         counts[1],
-        partial,
-        maxima,
-        totals,
+        scratch.partial,
+        scratch.maxima,
+        scratch.totals,
         *(x.stride()[:3] for x in (query, packed_query, exact_keys, exact_values)),
         scaling * LOG2_E,
         (softcap or 1.0) * LOG2_E,
@@ -471,23 +560,7 @@ def _launch(
         num_warps=setting.warps,
         num_stages=setting.stages,
     )
-    width = min(64, triton.next_power_of_2(size))
-    _merge[(shape[0], triton.cdiv(size, width))](
-        partial,
-        maxima,
-        totals,
-        outputs[0],
-        outputs[-1],
-        lse,
-        splits,
-        D=size,
-        ALL=triton.next_power_of_2(splits + 1),
-        WIDTH=width,
-        CHUNK=16,
-        SPLIT_OUTPUT=split_output,
-        num_warps=4,
-    )
-    return (*outputs.unbind(0), lse)
+    return scratch.merge(1)
 
 
 def _tiles(name: str) -> ModuleType:
@@ -519,6 +592,8 @@ def constants(
         "VALUE_ACCUMULATE": values.module.accumulate,
         "VALUE_META": values.meta,
         "VALUE_PARTS": values.parts,
+        "KEY_SIZES": keys.sizes,
+        "VALUE_SIZES": values.sizes,
         "DENSE_PARTS": _tiles("raw").parts(None, size),
     }
 
@@ -528,14 +603,22 @@ def _side(blocks: PackedBlocks | None, unused: Tensor, size: int) -> Side:
     if blocks is None:
         return describe_side(None, 32, size)._replace(tables=(unused,))
     side = describe_side(blocks.format, blocks.length, size)
-    addresses = blocks.addresses or _addresses(blocks)
+    addresses = addresses_of(blocks)
     tables = [addresses[name] for name in side.module.COMPONENTS if name in addresses]
     tables += [blocks.parameters[name] for name in side.module.PARAMETERS]
-    return side._replace(tables=tuple(tables))
+    # Parameters hold one part per KV head, which their tile functions need to find theirs.
+    heads = tuple(blocks.parameters[name].shape[0] for name in side.module.PARAMETERS[:1])
+    sizes: tuple[tuple[int, int], ...] = ()
+    if unused.is_cuda:
+        parts = [blocks.segments[0][n][0, 0, 0] for n in side.module.COMPONENTS if n in addresses]
+        sizes = tuple((x.nbytes, triton.next_power_of_2(-(-x.nbytes // 128))) for x in parts)
+    return side._replace(tables=tuple(tables), meta=side.meta + heads, sizes=sizes)
 
 
-def _addresses(blocks: PackedBlocks) -> dict[str, Tensor]:
-    """Tabulate where every block of every component starts."""
+def addresses_of(blocks: PackedBlocks) -> dict[str, Tensor]:
+    """Where every block of every component starts, tabulated now if the cache did not."""
+    if blocks.addresses is not None:
+        return blocks.addresses
     tables: dict[str, list[Tensor]] = {}
     for segment in blocks.segments:
         for name, x in segment.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,14 +55,13 @@ def default(warps: int, tile: int) -> Setting:
 
 
 def choose(
-    key: Hashable, warps: int, tile: int, work: int, call: Callable[[Setting], Any]
+    key: Hashable, options: Sequence[Setting], work: int, call: Callable[[Setting], Any]
 ) -> Setting:
-    """Return the fastest setting of ``call``, timing all candidates at the first call of a kind.
+    """Return the fastest setting of ``call``, timing all options at the first call of a kind.
 
     Args:
         key: What the compiled kernel depends on.
-        warps: As in ``candidates``.
-        tile: As in ``candidates``.
+        options: What to choose from, the untimed choice first.
         work: Packed tokens times KV heads; sizes within a factor of four share a choice.
         call: Launches everything under a setting; it may be repeated.
     Returns:
@@ -72,9 +71,8 @@ def choose(
     kind = (key, work.bit_length() // 2)
     if kind in _chosen:
         return _chosen[kind]
-    options = candidates(warps, tile)
     if work < WORTH_TUNING or len(options) == 1 or torch.cuda.is_current_stream_capturing():
-        return default(warps, tile)
+        return options[0]
     times = {option: _time(call, option) for option in options}
     _chosen[kind] = min(times, key=times.__getitem__)
     return _chosen[kind]
@@ -82,6 +80,8 @@ def choose(
 
 def _time(call: Callable[[Setting], Any], setting: Setting) -> float:
     """Milliseconds of one call, launch overhead excluded; infinite when it does not fit."""
+    # The timing runs on a stream of its own, which knows nothing of what this one has queued.
+    torch.cuda.current_stream().synchronize()
     try:
         return triton.testing.do_bench_cudagraph(lambda: call(setting), rep=SAMPLE_MS)
     except triton.runtime.errors.OutOfResources:

@@ -11,7 +11,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from squeeze.errors import UnsupportedError
-from squeeze.kernels.bits import pack, unpack, words
+from squeeze.kernels.bits import pack_bytes, unpack_bytes
 from squeeze.registry import register
 from squeeze.types import Tensors
 
@@ -92,7 +92,7 @@ class Affine:
             x: ``[..., H_kv, L, D]``, any float dtype; L a multiple of ``block_length``.
             parameters: Empty.
         Returns:
-            ``codes`` int32 ``[..., H_kv, bits * L / 32, D]``, packed along tokens in one run;
+            ``codes`` uint8 ``[..., H_kv, bits * L / 8, D]``, packed along tokens in one run;
             ``scale`` and, unless symmetric, ``zero`` float16 ``[..., H_kv, L / group_size, D]``
             (channel) or ``[..., H_kv, L, D / group_size]`` (token).
         """
@@ -100,19 +100,18 @@ class Affine:
         dim = self._group_dim
         if self.symmetric:
             zero = None
-            scale = groups.abs().amax(dim) / (2 ** (self.bits - 1) - 1)
-            scale = scale.to(torch.float16)
+            scale = _divided(groups.abs().amax(dim), 2 ** (self.bits - 1) - 1)
             offset = groups
         else:
             zero = _round_down(groups.amin(dim))
-            scale = ((groups.amax(dim) - zero.float()) / (2**self.bits - 1)).to(torch.float16)
+            scale = _divided(groups.amax(dim) - zero.float(), 2**self.bits - 1)
             offset = groups - zero.float().unsqueeze(dim)
         step = scale.float().unsqueeze(dim)
         codes = torch.where(step == 0, 0.0, offset / step).round()
         if self.symmetric:
             codes = codes + 2 ** (self.bits - 1)
-        codes = codes.clamp(0, 2**self.bits - 1).to(torch.int32).reshape(x.shape)
-        packed = pack(codes.mT, self.bits).mT.contiguous()
+        codes = codes.clamp(0, 2**self.bits - 1).to(torch.uint8).reshape(x.shape)
+        packed = pack_bytes(codes, self.bits)
         constants = {"scale": scale} if zero is None else {"scale": scale, "zero": zero}
         return {"codes": packed, **constants}
 
@@ -131,9 +130,9 @@ class Affine:
         Returns:
             ``[..., H_kv, L, D]``.
         """
-        length = packed["codes"].shape[-2] * 32 // self.bits
+        length = packed["codes"].shape[-2] * 8 // self.bits
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        codes = unpack(packed["codes"].mT, self.bits, length).mT
+        codes = unpack_bytes(packed["codes"], self.bits, length)
         values = self._grouped(codes.to(wide))
         if self.symmetric:
             values -= 2 ** (self.bits - 1)
@@ -144,8 +143,7 @@ class Affine:
 
     def bits_per_value(self, head_dim: int) -> float:
         """Count the stored bits per value, scales and zeros included."""
-        block = words(self.block_length, self.bits) * 32 / self.block_length
-        return block + (16 if self.symmetric else 32) / self.group_size
+        return self.bits + (16 if self.symmetric else 32) / self.group_size
 
     def constant_bytes(self, heads: int, head_dim: int) -> int:
         """Nothing is stored beside the blocks."""
@@ -159,6 +157,14 @@ class Affine:
     def _grouped(self, x: Tensor) -> Tensor:
         """``[..., L, D]`` to ``[..., L / g, g, D]`` (channel) or ``[..., L, D / g, g]`` (token)."""
         return x.unflatten(-2 if self.granularity == "channel" else -1, (-1, self.group_size))
+
+
+def _divided(x: Tensor, divisor: int) -> Tensor:
+    """Return float16 ``x / divisor``, the same on every device.
+
+    CUDA divides by a number of the host by multiplying with its rounded inverse.
+    """
+    return (x / torch.full_like(x, divisor)).to(torch.float16)
 
 
 def _round_down(x: Tensor) -> Tensor:

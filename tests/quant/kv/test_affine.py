@@ -35,8 +35,8 @@ def test_textbook():
     assert packed["zero"].eq(1).all()
     assert packed["scale"].eq(2).all()
     assert packed["scale"].shape == (1, 32, 1)
-    # Code k of channel k in all sixteen fields of both words.
-    assert packed["codes"].tolist() == [[[0, 0x55555555, -0x55555556, -1]] * 2]
+    # Code k of channel k in all four fields of the eight bytes.
+    assert packed["codes"].tolist() == [[[0, 0x55, 0xAA, 0xFF]] * 8]
     assert torch.equal(format.decode(packed, {}), x)
 
 
@@ -115,7 +115,7 @@ def test_several_blocks_share_one_packing_run_and_leading_dimensions_are_kept():
     format = Affine(4, "channel", 32)
     x = keys(3, 2, 5, 96, 8)
     packed = format.encode(x, {})
-    assert packed["codes"].shape == (3, 2, 5, 12, 8)
+    assert packed["codes"].shape == (3, 2, 5, 48, 8)
     assert packed["codes"].is_contiguous()
     assert packed["scale"].shape == (3, 2, 5, 3, 8)
     alone = format.encode(x[1, 0, 2:3], {})

@@ -1,0 +1,219 @@
+"""A packed cache of fixed shape, whose decode step a CUDA graph can record and replay.
+
+Everything is allocated for ``max_length`` tokens by the first call and stays where it is. A step
+appends at counts that live on the device, so it neither waits for the host nor has shapes that
+depend on data. Full blocks are encoded between steps by the host, which knows when each row is due.
+
+    cache = squeeze.static_cache(model, 4096)
+    model(prompt, past_key_values=cache)
+    with cache.recording():
+        model(token, position_ids=place, past_key_values=cache)  # warm up, then
+        cache.rewind()
+        with torch.cuda.graph(graph):
+            logits = model(token, position_ids=place, past_key_values=cache).logits
+    graph.replay(), cache.advance()  # for every token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from squeeze.cache.exact import Span
+from squeeze.cache.layer import PackedLayer, every_row
+from squeeze.cache.packed import PackedCache, adopt
+from squeeze.cache.spec import LayerSpec
+from squeeze.errors import UnsupportedError
+
+
+class StaticPackedLayer(PackedLayer):
+    """A packed layer that never allocates after its first call.
+
+    Args:
+        spec: How the layer stores.
+        max_length: Tokens that fit, padding included.
+        step_tokens: Most tokens of a step that may be recorded.
+    """
+
+    def __init__(self, spec: LayerSpec, max_length: int, step_tokens: int = 1) -> None:
+        self.max_length, self.step_tokens = max_length, step_tokens
+        self.recorded_blocks: int | None = None  # set while a step is being recorded
+        super().__init__(spec)
+
+    def reset(self) -> None:
+        """Forget the tokens and keep the memory, so that a recorded step stays valid."""
+        if not self.is_initialized:
+            super().reset()
+            return
+        rows = len(self.blocks)
+        self.total, self.pads = 0, [0] * rows
+        self.exact.counts.set([0] * rows)
+        self.block_counts.set([0] * rows)
+
+    @torch.no_grad()
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate everything for the batch that arrives."""
+        super().lazy_initialization(key_states, value_states)
+        spec = self.spec
+        self.exact.whole = spec.exact_slots - 1 + self.step_tokens
+        self.exact.reserve(self.exact.whole)
+        for side, storage, x in (
+            (spec.keys, self.key_blocks, key_states),
+            (spec.values, self.value_blocks, value_states),
+        ):
+            block = x.new_zeros(1, 1, x.shape[1], spec.block_length, x.shape[3])
+            storage.grow(self.capacity, every_row(side.encode(block), x.shape[0]))
+
+    @property
+    def capacity(self) -> int:
+        """Block slots of a row of ``max_length`` tokens."""
+        return self.spec.ready(self.max_length)
+
+    @property
+    def max_blocks(self) -> int:
+        """Block slots that attention looks at: all that a recorded step may ever see."""
+        return super().max_blocks if self.recorded_blocks is None else self.recorded_blocks
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Hand the call's keys and values to the attention function, if they fit.
+
+        Raises:
+            UnsupportedError: the cache is full, or was allocated for another number of rows.
+        """
+        rows = len(self.blocks) if self.is_initialized else key_states.shape[0]
+        if key_states.shape[0] != rows:
+            raise _error("batch", f"got {key_states.shape[0]} rows", f"{rows}, as at first")
+        self._check_room(key_states.shape[2])
+        return super().update(key_states, value_states)
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend as any packed layer does; up to ``step_tokens`` by device counts alone."""
+        steps = keys.shape[2]
+        recording = self.recorded_blocks is not None
+        if steps > self.step_tokens or max(self.pads) > self.total:
+            if recording:
+                raise _error(
+                    "recording",
+                    f"got a call of {steps} tokens",
+                    f"steps of at most {self.step_tokens}, after every row's padding",
+                )
+            return super().attend(query, keys, values, scaling, softcap)
+        with torch.no_grad():
+            self.exact.append(keys, values)
+            result = self._read(query, self.exact.keys, self.exact.values, scaling, softcap)
+        if not recording:
+            self.advance(steps)
+        return result
+
+    @torch.no_grad()
+    def advance(self, steps: int) -> None:
+        """Count ``steps`` tokens that the device has appended, and encode what is due."""
+        self._check_room(steps)
+        counts = self.exact.counts
+        self.total += steps
+        counts.host = [count + steps for count in counts.host]
+        if any(self.spec.ready(count) for count in counts.host):
+            self._settle(Span(self.exact.keys, self.exact.values, [0] * len(counts.host)))
+
+    def rewind(self) -> None:
+        """Bring the device's counts back to the host's: what ran since did not happen."""
+        self.exact.counts.sync()
+        self.block_counts.sync()
+
+    def get_max_length(self) -> int:
+        """Return the tokens that fit, padding included."""
+        return self.max_length
+
+    def _select(self, order: list[int]) -> None:
+        if len(order) != len(self.pads):
+            raise _error(
+                "batch", f"cannot go from {len(self.pads)} rows to {len(order)}", "as many rows"
+            )
+        super()._select(order)
+
+    def _check_room(self, steps: int) -> None:
+        if self.total + steps > self.max_length:
+            raise _error(
+                "max_length",
+                f"{self.total} tokens and {steps} more do not fit",
+                f"{self.max_length} tokens, padding included",
+            )
+
+
+class StaticPackedCache(PackedCache):
+    """A packed cache of fixed shape; see the module."""
+
+    @property
+    def static_layers(self) -> list[StaticPackedLayer]:
+        """The layers, all of which are packed."""
+        return cast(list[StaticPackedLayer], self.layers)
+
+    @contextmanager
+    def recording(self, tokens: int | None = None) -> Iterator[None]:
+        """Let calls only work on the device, leaving counts and encoding to ``advance``.
+
+        Args:
+            tokens: Attention looks at no more than the blocks of a row this long, and a step so
+                recorded is valid up to that length; fewer blocks start fewer programs. Default:
+                ``max_length``.
+
+        Raises:
+            UnsupportedError: nothing was stored yet, so nothing is allocated.
+        """
+        if not self.get_seq_length():
+            raise _error("recording", "the cache is empty", "a cache that a first call has filled")
+        for layer in self.static_layers:
+            wanted = layer.capacity if tokens is None else layer.spec.ready(tokens)
+            layer.recorded_blocks = min(wanted, layer.capacity)
+        try:
+            yield
+        finally:
+            for layer in self.static_layers:
+                layer.recorded_blocks = None
+            self.rewind()
+
+    def advance(self, steps: int = 1) -> None:
+        """Count the tokens of a replayed step, and encode the blocks that are full."""
+        for layer in self.static_layers:
+            layer.advance(steps)
+
+    def rewind(self) -> None:
+        """Forget the calls that were made while recording, as after a warm-up."""
+        for layer in self.static_layers:
+            layer.rewind()
+
+
+def make_static(
+    config: Any, specs: dict[int, LayerSpec], max_length: int, step_tokens: int
+) -> StaticPackedCache:
+    """Make an empty static cache.
+
+    Raises:
+        UnsupportedError: a layer is not packed or is offloaded, or a length is not positive.
+    """
+    for name, value in (("max_length", max_length), ("step_tokens", step_tokens)):
+        if value < 1:
+            raise _error(name, f"got {value}", "at least 1")
+    cache = adopt(None, config, specs)
+    dense = [i for i, layer in enumerate(cache.layers) if not isinstance(layer, PackedLayer)]
+    if dense or cache.prefetcher is not None:
+        found = f"layers {dense} keep their own cache" if dense else "kv_cache.offload is on"
+        raise _error("model", found, "models whose layers are all packed, on the device")
+    cache.layers = [
+        StaticPackedLayer(layer.spec, max_length, step_tokens) for layer in cache.packed_layers
+    ]
+    cache.__class__ = StaticPackedCache
+    return cast(StaticPackedCache, cache)
+
+
+def _error(what: str, received: str, allowed: str) -> UnsupportedError:
+    remedy = "Make another static_cache, or pass none for a cache that grows"
+    return UnsupportedError(f"static_cache: {what}", received, allowed, remedy)
