@@ -89,7 +89,8 @@ def score(tables, block, slab, query, META: tl.constexpr):
     """
     COUNT: tl.constexpr = len(query)
     places, inside = _places(tables, block, slab, META)
-    result = tl.zeros((query[0].shape[0], META[1]), tl.float32)
+    LENGTH: tl.constexpr = META[1]
+    result = tl.zeros((query[0].shape[0], LENGTH), tl.float32)
     for part in tl.static_range(0, COUNT):
         tile = tl.load(places + part, mask=inside, other=0.0)
         result += multiply(query[part], tl.trans(tile).to(query[part].dtype))
