@@ -88,7 +88,7 @@ def notes(kv_cache: KVCache | None, info: ModelInfo) -> list[str]:
             "get finer formats once the weights are read (kv_cache.guard_biases)"
         ]
     biases = {bias.layer: bias for bias in info.key_biases}
-    said: dict[str, list[int]] = {}
+    said: dict[str, list[tuple[KeyBias, float]]] = {}
     for item in info.attention:
         made = finer_sides(kv_cache, item.layer, info)
         if made is not None and item.kind == "full_attention":
@@ -99,16 +99,20 @@ def notes(kv_cache: KVCache | None, info: ModelInfo) -> list[str]:
                 for side, after, old in zip(("keys", "values"), made[:2], before, strict=True)
                 if after != old
             ]
-            text = f"{_why(biases[item.layer], made[2])}, so {' and '.join(changes)}"
-            said.setdefault(text, []).append(item.layer)
+            found = (biases[item.layer], made[2])
+            said.setdefault(" and ".join(changes), []).append(found)
     return [
-        f"KV cache of layers {ranges(layers)}: {text}; kv_cache.guard_biases: false turns this off"
-        for text, layers in said.items()
+        f"KV cache of layers {ranges([bias.layer for bias, _ in found])}: {changes}, because "
+        f"{_why(found)}; kv_cache.guard_biases: false turns this off"
+        for changes, found in said.items()
     ]
 
 
-def _why(bias: KeyBias, lost: float) -> str:
+def _why(found: list[tuple[KeyBias, float]]) -> str:
+    norms = ", ".join(f"{bias.norm:.0f}" for bias, _ in found)
+    costs = ", ".join(f"{lost:.1f}" for _, lost in found)
+    first = found[0][0]
     return (
-        f"the {bias.projection} bias has norm {bias.norm:.0f} (median of all layers "
-        f"{bias.usual:.0f}, weights {bias.weight_norm:.0f}) and costs keys {lost:.1f} bits"
+        f"the {first.projection} bias has norm {norms} (median of all layers {first.usual:.0f}) "
+        f"and would cost keys {costs} bits"
     )
