@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 import squeeze
+from squeeze import api
 from squeeze.attention import LayerState
 from squeeze.linear import ClusteredLinear
 from squeeze.loading import load_model
 from squeeze.types import Implementation
+from tests import tiny
 
 pytestmark = pytest.mark.gpu
 RECIPE = {
@@ -140,3 +145,38 @@ def test_an_offloaded_cache_decodes_the_same_and_holds_two_layers_on_the_device(
     blocks = moved.packed_layers[0].key_blocks
     assert blocks.segments[0]["codes"].is_pinned() and blocks.addresses is None
     assert moved.nbytes - moved.host_nbytes < 0.6 * plain.nbytes
+
+
+def test_the_peak_follows_the_plan_at_131072_tokens() -> None:
+    """The shape of an 8B model's cache; what a forward needs besides is measured without one."""
+    count = 131072
+    shape = {"num_hidden_layers": 32, "num_attention_heads": 8, "num_key_value_heads": 8}
+    model = tiny.model("llama", head_dim=128, max_position_embeddings=2 * count, **shape)
+    model = model.to(device="cuda", dtype=torch.bfloat16)
+    ids = torch.randint(3, 100, (1, count), device="cuda")
+    planned = api.plan("kv4", model, context=count).kv_bytes["after"]
+    result = squeeze.run("kv4", model, evaluate=False)
+    forward = {"input_ids": ids, "logits_to_keep": 1}
+    with torch.no_grad():
+        result.model(**forward, use_cache=False)  # compiles
+        without = peak_bytes(lambda: result.model(**forward, use_cache=False))
+        cache: list[Any] = []
+        prefill = peak_bytes(
+            lambda: cache.append(result.model(**forward, use_cache=True).past_key_values)
+        )
+        before = torch.cuda.memory_allocated()
+        step = peak_bytes(lambda: result.model(ids[:, :1], past_key_values=cache[0]))
+    print(f"plan {planned}, prefill {prefill - without}, step {step - before}")
+    assert cache[0].nbytes == pytest.approx(planned, rel=0.01)
+    assert prefill - without <= 1.05 * planned
+    assert step - before <= 0.05 * planned
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Return the most bytes allocated while ``call`` runs."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
