@@ -39,6 +39,8 @@ class KVSettings:
     sink_tokens: int
     residual_length: int
     offload: bool = False
+    queries: str | None = None
+    salience: str = "error"
 
 
 def table_name(side: str, stage: str, name: str) -> str:
@@ -88,6 +90,8 @@ class LayerState(nn.Module):
             kv.residual_length,
             self.implementation,
             kv.offload,
+            kv.queries,
+            kv.salience,
         )
 
     def _side(self, side: str, chain: tuple[tuple[str, Any], ...]) -> Side:
@@ -192,7 +196,7 @@ def attention(
             module, query, keys, values, attention_mask, scaling=scaling, **extra, **kwargs
         )
     if layer is not None:
-        layer.commit(keys, values)
+        layer.commit(keys, values, query, scale, softcap)
     return result
 
 

@@ -12,6 +12,9 @@ from squeeze.attention import LayerState
 from squeeze.cache import PackedCache, StaticPackedCache, adopt, make_static
 from squeeze.errors import UnsupportedError
 
+# What models call the kinds of their tokens; 0 is text.
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+
 
 class CacheHook:
     """Forward pre-hook of the decoder: supplies a packed cache and tells it the padding.
@@ -24,6 +27,8 @@ class CacheHook:
     def __init__(self, config: Any, states: dict[int, LayerState]) -> None:
         self.config, self.states = config, states
         self.packs = any(state.kv is not None for state in states.values())
+        self.asks_types = any(s.kv and s.kv.salience == "token_types" for s in states.values())
+        self.types: Tensor | None = None
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -45,9 +50,18 @@ class CacheHook:
             cache.padded_right = cache.padded_right or right
             if pads is not None:
                 cache.set_padding(pads)
+            if self.asks_types:
+                tokens = kwargs.get("input_ids")
+                tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+                cache.note_types(self.types, tokens.shape[1])
         for state in self.states.values():
             state.padding = pads
         return (), kwargs
+
+    def read_types(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the whole model: see of what kinds the call's tokens are."""
+        given = [kwargs[name] for name in TOKEN_TYPES if isinstance(kwargs.get(name), Tensor)]
+        self.types = given[0] if given else None
 
 
 def new_cache(config: Any, states: dict[int, LayerState], cache: Any = None) -> PackedCache:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from squeeze import registry
 from squeeze.attention import table_name
 from squeeze.calibrate import Stats
+from squeeze.folding import FOLDED, exponents, folded_tables, scaled
 from squeeze.plan import Plan, WeightPlan
 from squeeze.swapping import Artifacts, chain
 from squeeze.types import ClusteredWeight, Tensors
@@ -41,14 +42,15 @@ def compress(
     Returns:
         Artifacts on the CPU.
     """
-    weights = {}
+    tables = _tables(plan, stats, next(model.parameters()).device)
+    folds, weights = exponents(model, folded_tables(tables)), {}
     for done, row in enumerate(plan.weights):
         path = folder / f"{row.module}.safetensors" if folder else None
-        weights[row.module] = _resume(path, row) or _fit(model, row, stats, path)
+        fold = folds.get(f"{row.module}.weight")
+        weights[row.module] = _resume(path, row) or _fit(model, row, stats, path, fold)
         if progress:
             progress("compress", done + 1, len(plan.weights))
-    device = next(model.parameters()).device
-    return Artifacts(plan, weights, _tables(plan, stats, device))
+    return Artifacts(plan, weights, tables)
 
 
 def weight_method(row: WeightPlan) -> Any:
@@ -59,16 +61,24 @@ def weight_method(row: WeightPlan) -> Any:
 
 
 def _fit(
-    model: nn.Module, row: WeightPlan, stats: Stats | None, path: Path | None
+    model: nn.Module,
+    row: WeightPlan,
+    stats: Stats | None,
+    path: Path | None,
+    fold: Tensor | None,
 ) -> ClusteredWeight:
     method = weight_method(row)
     module: Any = model.get_submodule(row.module)
-    weight = module.weight.detach()
+    weight = module.weight.detach().float()
     importance = None
     for name in method.statistics:
         assert stats is not None
         importance = stats.tensors[name][row.module].to(weight.device)
-    fitted: ClusteredWeight = method.fit(weight.float(), importance)
+    if fold is not None:
+        # The module will hold scaled rows, whose errors count by the square of the inverse.
+        weight = scaled(weight, fold)
+        importance = None if importance is None else scaled(importance, -2 * fold)
+    fitted: ClusteredWeight = method.fit(weight, importance)
     tensors = {"indices": fitted.indices.cpu(), "codebook": fitted.codebook.cpu()}
     if fitted.scale is not None:
         tensors["scale"] = fitted.scale.cpu()
@@ -108,12 +118,27 @@ def _tables(plan: Plan, stats: Stats | None, device: torch.device) -> Tensors:
             for stage, method in chain(settings) if settings else ():
                 needed = {name: measured[name] for name in method.statistics}
                 fitted = method.fit(needed)
-                if "kv_samples" in measured and hasattr(method, "apply"):
-                    measured["kv_samples"] = method.apply(measured["kv_samples"].float(), fitted)
+                if hasattr(method, "apply"):
+                    measured = _transformed(measured, method, fitted)
                 for name, table in fitted.items():
                     full = f"{row.module}.squeeze.{table_name(side, stage, name)}"
                     tables[full] = table.detach().cpu().contiguous()
     return tables
+
+
+def _transformed(measured: Tensors, method: Any, fitted: Tensors) -> Tensors:
+    """Bring what was measured of keys or values into the basis of a fitted transform."""
+    result = dict(measured)
+    for name in ("kv_samples", "key_mean"):
+        if name in measured:
+            # A mean [H_kv, D] is taken for one token.
+            single = measured[name].ndim == 2
+            x = measured[name].float().unsqueeze(-2) if single else measured[name].float()
+            if FOLDED in fitted:
+                x = x / torch.exp2(fitted[FOLDED].float()).unsqueeze(-2)
+            x = method.apply(x, fitted)
+            result[name] = x.squeeze(-2) if single else x
+    return result
 
 
 def _of_side(side: str, module: str, stats: Stats | None, device: torch.device) -> Tensors:

@@ -46,6 +46,10 @@ class DeviceError(SqueezeError):
     """The hardware or an optional package that was asked for is not here."""
 
 
+class SqueezeWarning(UserWarning):
+    """What was asked for works, but slower than it could; said once."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``did you mean 'x'?`` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)

@@ -23,6 +23,7 @@ from torch import nn
 from squeeze.attention import LayerState
 from squeeze.compress import assemble, weight_method
 from squeeze.errors import CheckpointError, RecipeError, UnsupportedError, nearest
+from squeeze.folding import folded_tables
 from squeeze.kernels.lut_linear.reference import reconstruct
 from squeeze.linear import ClusteredLinear
 from squeeze.plan import Plan, resolve_implementation
@@ -253,6 +254,13 @@ def choose_implementations(model: PreTrainedModel) -> None:
             module.implementation = chosen
 
 
+def note_folds(model: PreTrainedModel) -> None:
+    """Let a loaded model know of the key scales that its weights hold already."""
+    done: Swap | None = getattr(model, "squeeze_swap", None)
+    if done is not None:
+        done.folded = folded_tables(dict(model.named_buffers()))
+
+
 def dequantize(model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
     """Replace clustered layers by dense ones holding the same values, and drop the rest."""
     dtype = resolve_dtype(dtype or model.dtype)
@@ -268,6 +276,7 @@ def dequantize(model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
             replace_module(model, name, dense)
     done: Swap | None = getattr(model, "squeeze_swap", None)
     if done is not None:
+        done.unfold()
         done.detach_attention()
         del model.squeeze_swap, model.squeeze_statistics
     return model

@@ -88,6 +88,8 @@ class Plan:
         notes: What was left dense, and why.
         allocation: The bound on mean bits, where the recipe has one.
         offload: Packed blocks live in CPU memory.
+        queries: How queries that read packed keys are rounded: ``"float8"``, or not at all.
+        salience: What makes a token one that a format protects.
     """
 
     recipe: dict[str, Any]
@@ -110,6 +112,8 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     allocation: Allocation | None = None
     offload: bool = False
+    queries: str | None = None
+    salience: str = "error"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that ``from_dict`` reads back."""
@@ -221,6 +225,8 @@ def make_plan(
         notes=tuple(notes),
         allocation=allocation,
         offload=bool(kv and kv.offload),
+        queries=kv.queries if kv else None,
+        salience=kv.salience if kv else "error",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from squeeze.errors import RecipeError
 from squeeze.model_info import AttentionInfo, ModelInfo, require_packable
+from squeeze.plan_fold import settle_folds
 from squeeze.plan_guard import finer_sides
 from squeeze.quant.kv._raw import RawBlocks
 from squeeze.recipe import KVSide, Recipe, layer_candidates, layer_sides
@@ -97,9 +98,10 @@ def cache_rows(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable
             yield KVPlan(keys=None, values=None, implementation="dense", reason=reason, **common)
             continue
         finer = finer_sides(kv, item.layer, info)
-        sides = finer[:2] if finer else layer_sides(kv, item.layer, info.layers)
+        keys, values = finer[:2] if finer else layer_sides(kv, item.layer, info.layers)
+        keys = settle_folds(recipe, keys, info)
         row = KVPlan(keys=None, values=None, implementation=implementation, **common)
-        row = packed_row(recipe, row, *sides, implementation)
+        row = packed_row(recipe, row, keys, values, implementation)
         if finer and row.reason:
             row = replace(row, reason="its huge key bias asks for 16 bits")
         yield row

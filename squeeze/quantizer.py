@@ -64,6 +64,7 @@ class SqueezeQuantizer(HfQuantizer):
         from squeeze import export
 
         export.choose_implementations(model)
+        export.note_folds(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

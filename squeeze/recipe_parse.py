@@ -34,6 +34,13 @@ FLAGS = {
     "offload": "It keeps packed blocks in CPU memory",
     "guard_biases": "It gives layers with a huge key bias finer formats",
 }
+CHOICES = {
+    "queries": (("float8",), "It rounds the queries that read packed keys"),
+    "salience": (
+        ("error", "attention", "token_types"),
+        "It ranks the tokens that a format may protect",
+    ),
+}
 
 
 class Parser:
@@ -183,6 +190,11 @@ class Parser:
         for key, value in flags.items():
             if not isinstance(value, bool):
                 raise self.error(f"kv_cache.{key}", f"got {value!r}", "true or false", FLAGS[key])
+        choices = {key: raw[key] for key in CHOICES if raw.get(key) is not None}
+        for key, value in choices.items():
+            allowed, remedy = CHOICES[key]
+            if value not in allowed:
+                raise self.error(f"kv_cache.{key}", f"got {value!r}", ", ".join(allowed), remedy)
         overrides = raw.get("layers") or []
         if not isinstance(overrides, list):
             raise self.error(
@@ -199,6 +211,7 @@ class Parser:
             **sides,
             **counts,
             **flags,
+            **choices,
             layers=layers,
             mean_bits=bound,
             candidates=candidates,

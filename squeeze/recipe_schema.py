@@ -84,6 +84,8 @@ def schema() -> dict[str, Any]:
             "block_length": {"type": ["integer", "null"], "minimum": 32},
             "offload": {"type": "boolean"},
             "guard_biases": {"type": "boolean"},
+            "queries": {"enum": ["float8", None]},
+            "salience": {"enum": ["error", "attention", "token_types"]},
             "layers": {"type": "array", "items": layer},
         },
     }

@@ -112,6 +112,8 @@ class KVCache(Section):
     With ``mean_bits`` each layer's keys and values get one of ``candidates``, chosen after
     calibration; layers that an override names keep what it says. Without ``mean_bits``
     ``guard_biases`` lets the plan give finer formats to layers whose key bias costs many bits.
+    ``queries: float8`` rounds the queries that read packed keys. ``salience`` ranks the tokens that
+    a format with ``protected`` tokens chooses among.
     """
 
     keys: KVSide
@@ -123,6 +125,8 @@ class KVCache(Section):
     block_length: int | None = None
     offload: bool = False
     guard_biases: bool = True
+    queries: Literal["float8"] | None = None
+    salience: Literal["error", "attention", "token_types"] = "error"
     layers: tuple[LayerOverride, ...] = ()
 
 
@@ -186,6 +190,10 @@ class Recipe(Section):
             }
             if kv.offload:
                 result["kv_cache"]["offload"] = True
+            if kv.queries:
+                result["kv_cache"]["queries"] = kv.queries
+            if kv.salience != "error":
+                result["kv_cache"]["salience"] = kv.salience
             if not kv.guard_biases:
                 result["kv_cache"]["guard_biases"] = False
             if kv.mean_bits is not None and kv.candidates is not None:

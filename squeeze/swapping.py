@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from squeeze import registry
 from squeeze.attention import KVSettings, LayerState, register
 from squeeze.cache_hook import CacheHook
+from squeeze.decode_step import attach, detach
 from squeeze.errors import UnsupportedError
+from squeeze.folding import fold, folded_tables, unfold
 from squeeze.linear import ClusteredLinear
 from squeeze.plan import Plan
 from squeeze.plan_cache import KVPlan
@@ -54,7 +56,8 @@ class Swap:
         self.dense: str | None = None
         self.states: dict[int, LayerState] = {}
         self.names: dict[int, str] = {}
-        self.hook: Any = None
+        self.hooks: list[Any] = []
+        self.folded: Tensors = {}
         self.restorable = True
 
     def __enter__(self) -> PreTrainedModel:
@@ -84,16 +87,23 @@ class Swap:
         for name, module in self.modules.items():
             replace_module(self.model, name, module)
         self.modules = {}
+        self.unfold()
         self.detach_attention()
         for name in ("squeeze_swap", "squeeze_statistics"):
             if name in vars(self.model):
                 delattr(self.model, name)
 
+    def unfold(self) -> None:
+        """Take key scales out of the weights again."""
+        unfold(self.model, self.folded)
+        self.folded = {}
+
     def detach_attention(self) -> None:
         """Undo ``attach_attention``."""
-        if self.hook is not None:
-            self.hook.remove()
-            self.hook = None
+        detach(self.model)
+        for handle in self.hooks:
+            handle.remove()
+        self.hooks = []
         for name in self.names.values():
             del self.model.get_submodule(name).squeeze
         if self.dense is not None:
@@ -127,6 +137,11 @@ def swap(model: PreTrainedModel, artifacts: Artifacts, *, keep_dense: bool = Tru
     rounding = 0.0 if expected is None else float((_one_call(model) - expected).abs().max())
     try:
         attach_attention(done, artifacts.plan, artifacts.tables)
+        # All layers that have scales, also where a part of the artifacts is swapped: that changes
+        # no output, and weights were fitted to projections that hold them.
+        folded = folded_tables(artifacts.tables)
+        fold(model, folded)
+        done.folded = folded
         if expected is not None:
             _self_test(model, expected, rounding)
         modules = dict(model.named_modules())
@@ -152,10 +167,12 @@ def swap(model: PreTrainedModel, artifacts: Artifacts, *, keep_dense: bool = Tru
 
 
 def finish(done: Swap) -> None:
-    """Give the model its ``squeeze_swap`` and ``squeeze_statistics`` attributes."""
+    """Give the model ``squeeze_swap``, ``squeeze_statistics`` and, over a packed cache, a step."""
     model: Any = done.model
     model.squeeze_swap = done
     model.squeeze_statistics = MethodType(statistics, model)
+    if any(state.kv is not None for state in done.states.values()):
+        attach(model, done.states)
 
 
 def statistics(model: Any) -> dict[str, Any]:
@@ -217,7 +234,10 @@ def attach_attention(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> No
     done.dense = dense
     model.set_attn_implementation(name)
     hook = CacheHook(text, done.states)
-    done.hook = model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+    done.hooks.append(model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True))
+    if hook.asks_types:
+        # The whole model gets them, and a decoder inside it may not.
+        done.hooks.append(model.register_forward_pre_hook(hook.read_types, with_kwargs=True))
 
 
 def settings(row: KVPlan, plan: Plan) -> KVSettings:
@@ -229,6 +249,8 @@ def settings(row: KVPlan, plan: Plan) -> KVSettings:
         plan.sink_tokens,
         plan.residual_length,
         plan.offload,
+        plan.queries,
+        plan.salience,
     )
 
 

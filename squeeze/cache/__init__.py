@@ -3,7 +3,7 @@
 from squeeze.cache.layer import Handle, PackedLayer
 from squeeze.cache.packed import PackedCache, adopt
 from squeeze.cache.spec import LayerSpec, Side
-from squeeze.cache.static import StaticPackedCache, make_static
+from squeeze.cache.static import StaticPackedCache, make_recordable, make_static, refusal
 
 __all__ = [
     "Handle",
@@ -13,5 +13,7 @@ __all__ = [
     "Side",
     "StaticPackedCache",
     "adopt",
+    "make_recordable",
     "make_static",
+    "refusal",
 ]

@@ -48,14 +48,31 @@ class BlockStorage:
         """Allocated bytes, tables of addresses included."""
         return sum(map(bytes_of, self.segments)) + bytes_of(self.addresses or {})
 
-    def grow(self, blocks: int, like: Tensors) -> None:
-        """Add a segment so that at least ``blocks`` fit; ``like`` gives shapes, ``[n, B, ...]``."""
+    def grow(self, blocks: int, like: Tensors | None = None) -> None:
+        """Add a segment so that at least ``blocks`` fit.
+
+        ``like`` gives shapes, ``[n, B, ...]``. By default the first segment does; without one,
+        nothing changes.
+        """
         missing = blocks - self.capacity
-        if missing <= 0:
+        if like is None and self.segments:
+            like = self.segments[0]
+        if missing <= 0 or like is None:
             return
         count = max(missing, self.capacity // GROWTH)
         self.segments.append({name: self._empty(x, count) for name, x in like.items()})
-        self._index()
+        self._index(1)
+
+    def slots(self, start: int, count: int) -> Tensors | None:
+        """View ``count`` slots of all rows from ``start`` on, to be written at once.
+
+        ``None`` when they are not all in one segment, or in CPU memory.
+        """
+        for segment, offset, size in () if self.offload else self.spans():
+            if offset <= start and start + count <= offset + size:
+                self.version += 1
+                return {n: x[start - offset : start - offset + count] for n, x in segment.items()}
+        return None
 
     def write(self, start: int, rows: Sequence[int] | None, blocks: Tensors) -> None:
         """Store blocks ``[n, rows, H_kv, ...]`` from slot ``start`` on; ``None`` is every row."""
@@ -113,9 +130,14 @@ class BlockStorage:
         pinned = like.is_cuda or like.is_pinned()
         return torch.empty(shape, dtype=like.dtype, device="cpu", pin_memory=pinned)
 
-    def _index(self) -> None:
-        if self.addressed and not self.offload and self.segments:
-            self.addresses = addresses(self.segments)
+    def _index(self, newest: int | None = None) -> None:
+        """Tabulate where all blocks are, or add those of the ``newest`` segments."""
+        if not self.addressed or self.offload or not self.segments:
+            return
+        tables = addresses(self.segments[-newest:] if newest else self.segments)
+        if newest and self.addresses:
+            tables = {n: torch.cat([x, tables[n]]) for n, x in self.addresses.items()}
+        self.addresses = tables
 
 
 def addresses(segments: Sequence[Tensors]) -> Tensors:
@@ -123,10 +145,10 @@ def addresses(segments: Sequence[Tensors]) -> Tensors:
     tables: dict[str, list[Tensor]] = {}
     for segment in segments:
         for name, x in segment.items():
-            stride = x.stride(0) * x.element_size()
-            offsets = torch.arange(len(x), dtype=torch.int64, device=x.device) * stride
-            tables.setdefault(name, []).append(offsets + x.data_ptr())
-    return {name: torch.cat(parts) for name, parts in tables.items()}
+            first, stride = x.data_ptr(), x.stride(0) * x.element_size()
+            end = first + len(x) * stride
+            tables.setdefault(name, []).append(torch.arange(first, end, stride, device=x.device))
+    return {n: parts[0] if len(parts) == 1 else torch.cat(parts) for n, parts in tables.items()}
 
 
 def length_of(tensors: Tensors) -> int:

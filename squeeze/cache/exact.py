@@ -20,11 +20,14 @@ class Span(NamedTuple):
         keys: ``[B, H_kv, E, D]``.
         values: Likewise.
         starts: Slot of each row's first sink; its tokens follow without a gap.
+        salience: float32 ``[B, 1 or H_kv, E]``, where a format protects tokens by something else
+            than its own error.
     """
 
     keys: Tensor
     values: Tensor
     starts: list[int]
+    salience: Tensor | None = None
 
 
 class ExactTokens:
@@ -158,4 +161,5 @@ def _keep(
         buffer[:, :, :head] = source[:, :, start : start + head]
     if after > head and (packed or moved):
         rest = source[:, :, start + head + packed : start + after + packed]
-        buffer[:, :, head:after] = rest if moved else rest.clone()
+        overlaps = not moved and after - head > packed
+        buffer[:, :, head:after] = rest.clone() if overlaps else rest

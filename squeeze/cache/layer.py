@@ -7,7 +7,7 @@ full is encoded once, and never again.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ from squeeze.cache.blocks import BlockStorage
 from squeeze.cache.counts import RowCounts
 from squeeze.cache.exact import ExactTokens, Span
 from squeeze.cache.offload import Prefetcher
+from squeeze.cache.queries import to_float8
+from squeeze.cache.salience import attention_mass, text_tokens
 from squeeze.cache.spec import LayerSpec
 from squeeze.errors import UnsupportedError
 from squeeze.kernels.decode_attention.api import decode_attention
 from squeeze.types import Implementation, PackedBlocks, Tensors
 
+# A call's queries, the factor of their products and the bound of the scores.
+Asked: TypeAlias = tuple[Tensor, float, float | None]
 # Tokens encoded at a time, over all rows, which bounds the float32 copy.
 ENCODE_TOKENS = 4096
 
@@ -40,6 +44,7 @@ class PackedLayer(DynamicLayer):
     Attributes:
         total: Tokens seen, padding included.
         pads: Left padding of each row.
+        types: Kinds of the row's tokens so far, int ``[B, T]``, 0 for text; ``None`` is all text.
         exact: The tokens that are not packed.
         block_counts: Packed blocks of each row.
         key_blocks: Their storage; ``value_blocks`` likewise.
@@ -62,6 +67,7 @@ class PackedLayer(DynamicLayer):
         self.keys = self.values = None  # transformers' own buffers stay unused
         self.total = 0
         self.pads: list[int] = []
+        self.types: Tensor | None = None
         self.key_blocks, self.value_blocks = (
             BlockStorage(
                 addressed=self.spec.implementation is Implementation.TRITON,
@@ -116,13 +122,24 @@ class PackedLayer(DynamicLayer):
         """
         span = self._extend(keys, values, in_place=False)
         result = self._read(query, span.keys, span.values, scaling, softcap)
-        self._settle(span)
+        self._settle(span, (query, scaling, softcap))
         return result
 
     @torch.no_grad()
-    def commit(self, keys: Tensor, values: Tensor) -> None:
-        """Store a call's keys and values without attending to them."""
-        self._settle(self._extend(keys, values, in_place=True))
+    def commit(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        query: Tensor | None = None,
+        scaling: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        """Store a call's keys and values without attending to them.
+
+        Its queries, as ``attend`` takes them, may say which tokens matter.
+        """
+        span = self._extend(keys, values, in_place=True)
+        self._settle(span, None if query is None else (query, scaling, softcap))
 
     def _read(
         self,
@@ -138,6 +155,8 @@ class PackedLayer(DynamicLayer):
         for transform, parameters in spec.keys.transforms:
             packed_query, change = transform.prepare_query(packed_query, parameters)
             shift = change if shift is None else shift if change is None else shift + change
+        if spec.queries == "float8":
+            packed_query = to_float8(packed_query)
         keys, values = self._packed()
         parts = decode_attention(
             query,
@@ -191,12 +210,27 @@ class PackedLayer(DynamicLayer):
         self.total += steps
         return self.exact.extend(keys, values, skipped, in_place)
 
-    def _settle(self, span: Span) -> None:
+    def _settle(self, span: Span, asked: Asked | None = None) -> None:
         """Encode every block that is full, and keep the rest exact."""
         ready = [self.spec.ready(count) for count in self.exact.counts.host]
         if any(ready):
-            self._pack(span, ready)
+            self._pack(span._replace(salience=self._salience(span, asked)), ready)
         self.exact.keep(span, [n * self.spec.block_length for n in ready])
+
+    def _salience(self, span: Span, asked: Asked | None) -> Tensor | None:
+        """Rank the exact tokens ``[B, 1 or H_kv, E]`` for formats that protect some."""
+        spec, counts, starts = self.spec, self.exact.counts.host, span.starts
+        if spec.protects and spec.salience == "attention" and asked is not None:
+            return attention_mass(asked[0], span.keys, starts, counts, *asked[1:])
+        if spec.protects and spec.salience == "token_types" and self.types is not None:
+            sinks = spec.sink_tokens
+            places = zip(self.pads, self.blocks, strict=True)
+            firsts = [pad + sinks + n * spec.block_length for pad, n in places]
+            behind = [start + sinks for start in starts]
+            left = [max(0, count - sinks) for count in counts]
+            types = self.types.to(span.keys.device)
+            return text_tokens(types, firsts, behind, left, span.keys.shape[2])
+        return None
 
     def _pack(self, span: Span, ready: list[int]) -> None:
         """Encode the blocks that are due, rows that agree together."""
@@ -221,14 +255,21 @@ class PackedLayer(DynamicLayer):
         for first in range(0, count, step):
             n = min(step, count - first)
             tokens = slice(start + first * length, start + (first + n) * length)
+            salience = span.salience
+            if salience is not None:
+                salience = salience[rows, :, tokens].unflatten(2, (n, length)).movedim(2, 0)
             for side, storage, x in (
                 (self.spec.keys, self.key_blocks, span.keys),
                 (self.spec.values, self.value_blocks, span.values),
             ):
                 part = x[:, :, tokens] if index is None else x[:, :, tokens][index]
-                blocks = side.encode(part.unflatten(2, (n, length)).permute(2, 0, 1, 3, 4))
-                storage.grow(capacity, every_row(blocks, batch))
-                storage.write(slot + first, chosen, blocks)
+                part = part.unflatten(2, (n, length)).permute(2, 0, 1, 3, 4)
+                storage.grow(capacity)
+                out = storage.slots(slot + first, n) if index is None else None
+                blocks = side.encode(part, self.spec.implementation, out, salience)
+                if out is None:
+                    storage.grow(capacity, every_row(blocks, batch))
+                    storage.write(slot + first, chosen, blocks)
 
     @property
     def nbytes(self) -> int:
@@ -305,6 +346,7 @@ class PackedLayer(DynamicLayer):
         if order == list(range(len(self.pads))):
             return
         self.pads = [self.pads[row] for row in order]
+        self.types = None if self.types is None else self.types[order]
         self.exact.select(order)
         self.block_counts.select(order)
         for storage in (self.key_blocks, self.value_blocks):

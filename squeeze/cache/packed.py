@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache
 
 from squeeze.cache.layer import PackedLayer
 from squeeze.cache.offload import Prefetcher
+from squeeze.cache.salience import joined
 from squeeze.cache.spec import LayerSpec
 from squeeze.errors import UnsupportedError
 
@@ -57,6 +58,14 @@ class PackedCache(DynamicCache):
         """Say how many tokens of left padding each row has so far."""
         for layer in self.packed_layers:
             layer.pads = list(pads)
+
+    def note_types(self, types: Tensor | None, steps: int) -> None:
+        """Say of what kinds the coming call's tokens are: int ``[B, steps]``, 0 for text.
+
+        Those of all tokens so far may stand before them. ``None``: all are text.
+        """
+        for layer in self.packed_layers:
+            layer.types = joined(layer.types, types, self.get_seq_length(), steps)
 
     def connect(self) -> None:
         """Give the offloaded layers what brings their blocks to the device."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
+from squeeze.kernels.kv_encode.api import encode
+from squeeze.kernels.kv_encode.layout import takes
 from squeeze.types import Implementation, Tensors
 
 
@@ -18,13 +21,43 @@ class Side:
     parameters: Tensors
     transforms: tuple[tuple[Any, Tensors], ...] = ()
 
-    def encode(self, x: Tensor) -> Tensors:
-        """Transform and encode ``[..., H_kv, L, D]``."""
-        if self.format.info.name != "raw":
-            x = x.float()
-        for transform, parameters in self.transforms:
-            x = transform.apply(x, parameters).to(x.dtype)
-        return self.format.encode(x, self.parameters)  # type: ignore[no-any-return]
+    def encode(
+        self,
+        x: Tensor,
+        implementation: Implementation = Implementation.REFERENCE,
+        out: Tensors | None = None,
+        salience: Tensor | None = None,
+    ) -> Tensors:
+        """Transform and encode ``[..., H_kv, L, D]``, into ``out`` where it is given.
+
+        A kernel, ``implementation`` triton, wants ``[N, B, H_kv, L, D]``; the result is the same
+        up to the rounding of what the transforms compute.
+        ``salience`` ``[..., 1 or H_kv, L]`` goes to the format beside its parameters.
+        """
+        center, transforms = None, self.transforms
+        if implementation is Implementation.TRITON and takes(self.format, *x.shape[-2:]):
+            center = self._center
+            transforms = transforms if center is None else transforms[1:]
+        for transform, parameters in transforms:
+            changed = transform.apply(x, parameters)  # at least float32
+            x = changed.to(x.dtype) if self.format.info.name == "raw" else changed
+        fitted = self.parameters
+        fitted = fitted if salience is None else {**fitted, "salience": salience}
+        return encode(self.format, x, fitted, implementation=implementation, center=center, out=out)
+
+    @cached_property
+    def _center(self) -> Tensor | None:
+        """What the first transform subtracts, ``[H_kv, D]`` in the stored basis, where it does.
+
+        All others are linear, so the kernel that encodes can subtract after them instead.
+        """
+        names = [transform.info.name for transform, _ in self.transforms]
+        if names.count("center") != 1 or names[0] != "center":
+            return None
+        center: Tensor = self.transforms[0][1]["center"].unsqueeze(-2)
+        for transform, parameters in self.transforms[1:]:
+            center = transform.apply(center, parameters)
+        return center.squeeze(-2)
 
     def decode(self, packed: Tensors) -> Tensor:
         """Undo ``encode`` up to the rounding, float32."""
@@ -46,6 +79,9 @@ class LayerSpec:
         residual_length: Newest tokens that stay exact, at least.
         implementation: What computes attention.
         offload: Keep packed blocks in CPU memory.
+        queries: ``"float8"`` rounds the queries that read packed keys; ``None`` does not.
+        salience: Which tokens a format protects that protects some: those with the largest
+            ``"error"`` or the most ``"attention"``, or by ``"token_types"`` text before the rest.
     """
 
     keys: Side
@@ -55,6 +91,8 @@ class LayerSpec:
     residual_length: int
     implementation: Implementation
     offload: bool = False
+    queries: str | None = None
+    salience: str = "error"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerSpec:
         # A copy of a cache reads the same tables: they belong to the model.
@@ -63,6 +101,11 @@ class LayerSpec:
     def ready(self, exact: int) -> int:
         """Count the blocks that are due among ``exact`` tokens of a row."""
         return max(0, (exact - self.sink_tokens - self.residual_length) // self.block_length)
+
+    @property
+    def protects(self) -> bool:
+        """Whether a format protects tokens."""
+        return any(getattr(side.format, "protected", 0) for side in (self.keys, self.values))
 
     @property
     def exact_slots(self) -> int:

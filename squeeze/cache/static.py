@@ -1,8 +1,9 @@
-"""A packed cache of fixed shape, whose decode step a CUDA graph can record and replay.
+"""A packed cache whose decode step a CUDA graph can record and replay.
 
-Everything is allocated for ``max_length`` tokens by the first call and stays where it is. A step
-appends at counts that live on the device, so it neither waits for the host nor has shapes that
-depend on data. Full blocks are encoded between steps by the host, which knows when each row is due.
+Everything is allocated for ``max_length`` tokens by the first call and stays where it is; without
+a maximum it stays until ``reserve`` is asked for more. A step appends at counts that live on the
+device, so it neither waits for the host nor has shapes that depend on data. Full blocks are encoded
+between steps by the host, which knows when each row is due.
 
     cache = squeeze.static_cache(model, 4096)
     model(prompt, past_key_values=cache)
@@ -29,24 +30,27 @@ from squeeze.cache.packed import PackedCache, adopt
 from squeeze.cache.spec import LayerSpec
 from squeeze.errors import UnsupportedError
 
+# A cache without a maximum grows by this many tokens at least.
+BUCKET_TOKENS = 1024
+
 
 class StaticPackedLayer(PackedLayer):
-    """A packed layer that never allocates after its first call.
+    """A packed layer that allocates in its first call, or in ``reserve``, and never in a step.
 
     Args:
         spec: How the layer stores.
-        max_length: Tokens that fit, padding included.
+        max_length: Tokens that fit, padding included; ``None`` for a layer that grows.
         step_tokens: Most tokens of a step that may be recorded.
     """
 
-    def __init__(self, spec: LayerSpec, max_length: int, step_tokens: int = 1) -> None:
+    def __init__(self, spec: LayerSpec, max_length: int | None, step_tokens: int = 1) -> None:
         self.max_length, self.step_tokens = max_length, step_tokens
         self.recorded_blocks: int | None = None  # set while a step is being recorded
         super().__init__(spec)
 
     def reset(self) -> None:
-        """Forget the tokens and keep the memory, so that a recorded step stays valid."""
-        if not self.is_initialized:
+        """Forget the tokens; memory of fixed shape stays, and so does what was recorded."""
+        if not self.is_initialized or self.max_length is None:
             super().reset()
             return
         rows = len(self.blocks)
@@ -58,20 +62,41 @@ class StaticPackedLayer(PackedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate everything for the batch that arrives."""
         super().lazy_initialization(key_states, value_states)
-        spec = self.spec
-        self.exact.whole = spec.exact_slots - 1 + self.step_tokens
+        self.exact.whole = self.spec.exact_slots - 1 + self.step_tokens
+        if self.max_length is not None:
+            self.reserve(self.max_length)
+
+    @torch.no_grad()
+    def reserve(self, tokens: int) -> None:
+        """Make room for rows of ``tokens`` tokens; what was recorded holds if nothing moved."""
+        spec, blocks = self.spec, self.spec.ready(tokens)
         self.exact.reserve(self.exact.whole)
         for side, storage, x in (
-            (spec.keys, self.key_blocks, key_states),
-            (spec.values, self.value_blocks, value_states),
+            (spec.keys, self.key_blocks, self.exact.keys),
+            (spec.values, self.value_blocks, self.exact.values),
         ):
-            block = x.new_zeros(1, 1, x.shape[1], spec.block_length, x.shape[3])
-            storage.grow(self.capacity, every_row(side.encode(block), x.shape[0]))
+            if storage.capacity >= blocks:
+                continue
+            if storage.segments:
+                like = storage.segments[0]
+            else:
+                block = x.new_zeros(1, 1, x.shape[1], spec.block_length, x.shape[3])
+                like = every_row(side.encode(block), x.shape[0])
+            storage.grow(blocks, like)
 
     @property
     def capacity(self) -> int:
-        """Block slots of a row of ``max_length`` tokens."""
+        """Block slots of a row."""
+        if self.max_length is None:
+            return min(self.key_blocks.capacity, self.value_blocks.capacity)
         return self.spec.ready(self.max_length)
+
+    def places(self) -> tuple[int, ...]:
+        """Say where everything lies that a step reads or writes: a recorded one follows these."""
+        exact, sides = self.exact, (self.key_blocks, self.value_blocks)
+        tensors = [exact.keys, exact.values, exact.counts.device, self.block_counts.device]
+        tensors += [table for side in sides for table in (side.addresses or {}).values()]
+        return (*(len(side.segments) for side in sides), *(x.data_ptr() for x in tensors))
 
     @property
     def max_blocks(self) -> int:
@@ -87,9 +112,9 @@ class StaticPackedLayer(PackedLayer):
             UnsupportedError: the cache is full, or was allocated for another number of rows.
         """
         rows = len(self.blocks) if self.is_initialized else key_states.shape[0]
-        if key_states.shape[0] != rows:
+        if key_states.shape[0] != rows and self.max_length is not None:
             raise _error("batch", f"got {key_states.shape[0]} rows", f"{rows}, as at first")
-        self._check_room(key_states.shape[2])
+        self.check_room(key_states.shape[2])
         return super().update(key_states, value_states)
 
     def attend(
@@ -98,7 +123,8 @@ class StaticPackedLayer(PackedLayer):
         """Attend as any packed layer does; up to ``step_tokens`` by device counts alone."""
         steps = keys.shape[2]
         recording = self.recorded_blocks is not None
-        if steps > self.step_tokens or max(self.pads) > self.total:
+        grows = self.max_length is None and not recording
+        if grows or steps > self.step_tokens or max(self.pads) > self.total:
             if recording:
                 raise _error(
                     "recording",
@@ -116,7 +142,7 @@ class StaticPackedLayer(PackedLayer):
     @torch.no_grad()
     def advance(self, steps: int) -> None:
         """Count ``steps`` tokens that the device has appended, and encode what is due."""
-        self._check_room(steps)
+        self.check_room(steps)
         counts = self.exact.counts
         self.total += steps
         counts.host = [count + steps for count in counts.host]
@@ -129,18 +155,23 @@ class StaticPackedLayer(PackedLayer):
         self.block_counts.sync()
 
     def get_max_length(self) -> int:
-        """Return the tokens that fit, padding included."""
-        return self.max_length
+        """Return the tokens that fit, padding included; -1 where there is no maximum."""
+        return super().get_max_length() if self.max_length is None else self.max_length
 
     def _select(self, order: list[int]) -> None:
-        if len(order) != len(self.pads):
+        if len(order) != len(self.pads) and self.max_length is not None:
             raise _error(
                 "batch", f"cannot go from {len(self.pads)} rows to {len(order)}", "as many rows"
             )
         super()._select(order)
 
-    def _check_room(self, steps: int) -> None:
-        if self.total + steps > self.max_length:
+    def check_room(self, steps: int) -> None:
+        """Refuse ``steps`` more tokens where they do not fit.
+
+        Raises:
+            UnsupportedError: they do not.
+        """
+        if self.max_length is not None and self.total + steps > self.max_length:
             raise _error(
                 "max_length",
                 f"{self.total} tokens and {steps} more do not fit",
@@ -148,13 +179,38 @@ class StaticPackedLayer(PackedLayer):
             )
 
 
+class Recordings(dict[Any, Any]):
+    """Steps that were recorded over one cache, by kind; a copy of the cache begins without."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recordings:
+        return Recordings()
+
+
 class StaticPackedCache(PackedCache):
-    """A packed cache of fixed shape; see the module."""
+    """A packed cache whose step can be recorded; see the module."""
+
+    recordings: Recordings
 
     @property
     def static_layers(self) -> list[StaticPackedLayer]:
         """The layers, all of which are packed."""
         return cast(list[StaticPackedLayer], self.layers)
+
+    @contextmanager
+    def on_device(self, tokens: int | None = None) -> Iterator[None]:
+        """Let calls only work on the device: whoever makes them advances or rewinds.
+
+        Args:
+            tokens: As ``recording`` takes it.
+        """
+        for layer in self.static_layers:
+            wanted = layer.capacity if tokens is None else layer.spec.ready(tokens)
+            layer.recorded_blocks = min(wanted, layer.capacity)
+        try:
+            yield
+        finally:
+            for layer in self.static_layers:
+                layer.recorded_blocks = None
 
     @contextmanager
     def recording(self, tokens: int | None = None) -> Iterator[None]:
@@ -170,15 +226,34 @@ class StaticPackedCache(PackedCache):
         """
         if not self.get_seq_length():
             raise _error("recording", "the cache is empty", "a cache that a first call has filled")
-        for layer in self.static_layers:
-            wanted = layer.capacity if tokens is None else layer.spec.ready(tokens)
-            layer.recorded_blocks = min(wanted, layer.capacity)
         try:
-            yield
+            with self.on_device(tokens):
+                yield
         finally:
-            for layer in self.static_layers:
-                layer.recorded_blocks = None
             self.rewind()
+
+    def takes(self, steps: int) -> bool:
+        """Say whether a step of so many tokens may be recorded, and no other is at the moment."""
+        first = self.static_layers[0]
+        return first.recorded_blocks is None and steps <= first.step_tokens
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for a call that makes the rows ``tokens`` long, and for those to come.
+
+        Raises:
+            UnsupportedError: the cache has a maximum, and this is more.
+        """
+        for layer in self.static_layers:
+            layer.check_room(tokens - layer.total)
+            if layer.max_length is None and (
+                layer.capacity < layer.spec.ready(tokens)
+                or layer.exact.keys.shape[2] < layer.exact.whole
+            ):
+                layer.reserve(bucket(tokens))
+
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """Say where everything lies that a step reads or writes."""
+        return tuple(layer.places() for layer in self.static_layers)
 
     def advance(self, steps: int = 1) -> None:
         """Count the tokens of a replayed step, and encode the blocks that are full."""
@@ -189,6 +264,37 @@ class StaticPackedCache(PackedCache):
         """Forget the calls that were made while recording, as after a warm-up."""
         for layer in self.static_layers:
             layer.rewind()
+
+
+def bucket(tokens: int) -> int:
+    """Round a length up to what is reserved for it: at most 1024 or a 32nd of it more."""
+    grain = max(BUCKET_TOKENS, 2 ** (tokens.bit_length() - 6))
+    return -(-tokens // grain) * grain
+
+
+def refusal(cache: PackedCache) -> str | None:
+    """Say what keeps a cache's step from being recorded, ``None`` if nothing does."""
+    dense = [i for i, layer in enumerate(cache.layers) if not isinstance(layer, PackedLayer)]
+    if dense:
+        return f"layers {dense} keep their own cache"
+    return "kv_cache.offload is on" if cache.prefetcher is not None else None
+
+
+def make_recordable(cache: PackedCache, step_tokens: int) -> StaticPackedCache:
+    """Turn a cache that ``refusal`` lets pass into one whose steps can be recorded, in place.
+
+    It goes on growing, by buckets, and whoever holds it holds the same cache. Nothing is copied
+    before the first ``reserve``.
+    """
+    if not isinstance(cache, StaticPackedCache):
+        for layer in cache.packed_layers:
+            layer.__class__ = StaticPackedLayer
+            static = cast(StaticPackedLayer, layer)
+            static.max_length, static.step_tokens, static.recorded_blocks = None, step_tokens, None
+            static.exact.whole = static.spec.exact_slots - 1 + step_tokens
+        cache.__class__ = StaticPackedCache
+        cast(StaticPackedCache, cache).recordings = Recordings()
+    return cast(StaticPackedCache, cache)
 
 
 def make_static(
@@ -203,15 +309,16 @@ def make_static(
         if value < 1:
             raise _error(name, f"got {value}", "at least 1")
     cache = adopt(None, config, specs)
-    dense = [i for i, layer in enumerate(cache.layers) if not isinstance(layer, PackedLayer)]
-    if dense or cache.prefetcher is not None:
-        found = f"layers {dense} keep their own cache" if dense else "kv_cache.offload is on"
+    found = refusal(cache)
+    if found:
         raise _error("model", found, "models whose layers are all packed, on the device")
     cache.layers = [
         StaticPackedLayer(layer.spec, max_length, step_tokens) for layer in cache.packed_layers
     ]
     cache.__class__ = StaticPackedCache
-    return cast(StaticPackedCache, cache)
+    made = cast(StaticPackedCache, cache)
+    made.recordings = Recordings()
+    return made
 
 
 def _error(what: str, received: str, allowed: str) -> UnsupportedError:

@@ -23,9 +23,18 @@ CASES = {
     "float8_half": (Float8("head"), Float8("head"), 128, 128, 16, "fp16"),
     "float8_80": (Float8(), Float8(), 64, 80, 8, "bf16"),
     "ternary": (Ternary(), Ternary(), 128, 128, 8, "bf16"),
+    "ternary_protected": (Ternary(protected=8), Ternary(protected=8), 128, 128, 8, "bf16"),
     "ternary_token": (Ternary("token", 64), Ternary("token", 64), 128, 64, 8, "fp16"),
     "ternary_mixed": (Ternary("channel", 32), Ternary("token", 32), 128, 64, 8, "bf16"),
     "spectral": (BinarySpectral(), BinarySpectral(), 128, 128, 8, "bf16"),
+    "spectral_protected": (
+        BinarySpectral(protected=4),
+        Ternary(protected=8),
+        128,
+        128,
+        8,
+        "bf16",
+    ),
     "spectral_half": (BinarySpectral(0.5), BinarySpectral(0.5), 128, 64, 8, "fp16"),
     "spectral_mixed": (BinarySpectral(0.25, group_size=32), Ternary(), 128, 64, 8, "bf16"),
 }

@@ -15,6 +15,14 @@ CASES = [
     Case(BinarySpectral(0.125), Ternary(), length=128, size=80, groups=1),
     Case(Affine(4, "channel", 64), QUARTER, length=256, kv_heads=1, groups=7, softcap=3.0),
     Case(QUARTER, HALF, length=128, size=128, dtype=torch.float16, kv_heads=1),
+    Case(
+        BinarySpectral(0.25, protected=2),
+        BinarySpectral(0.5, group_size=32, protected=4),
+        length=256,
+        kv_heads=1,
+        groups=3,
+        shifted=True,
+    ),
 ]
 
 
@@ -30,7 +38,8 @@ def test_kernel_matches_float64(case):
     [
         ("spectral:90",),
         pytest.param(
-            ("spectral:80", "spectral_half:90", "spectral_mixed:90"), marks=pytest.mark.slow
+            ("spectral:80", "spectral_half:90", "spectral_mixed:90", "spectral_protected:90"),
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -40,7 +49,7 @@ def test_kernel_compiles_without_a_gpu(names):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [64, 80, 128])
-@pytest.mark.parametrize("format", [QUARTER, HALF], ids=str)
+@pytest.mark.parametrize("format", [QUARTER, HALF, BinarySpectral(protected=4)], ids=str)
 def test_kernel_on_the_gpu_matches_float64(format, size):
     case = Case(format, format, length=128, size=size, groups=4, blocks=(11, 4), exact=(130, 64))
     for dtype in (torch.bfloat16, torch.float16):

@@ -16,6 +16,8 @@ CASES = [
     Case(Affine(4, "channel", 64), CHANNEL, length=256, kv_heads=1, groups=7),
     Case(CHANNEL, CHANNEL, length=128, size=128, dtype=torch.float16, kv_heads=1, steps=2),
     Case(TOKEN, Ternary("channel", 64), length=256, dtype=torch.float16, kv_heads=1),
+    Case(Ternary(protected=4), Ternary(protected=2), length=128, size=80, shifted=True),
+    Case(Ternary("token", 64, protected=2), Ternary("token", 16, protected=6), length=256),
 ]
 
 
@@ -31,7 +33,8 @@ def test_kernel_matches_float64(case):
     [
         ("ternary:90",),
         pytest.param(
-            ("ternary:80", "ternary_token:90", "ternary_mixed:90"), marks=pytest.mark.slow
+            ("ternary:80", "ternary_token:90", "ternary_mixed:90", "ternary_protected:90"),
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -41,7 +44,11 @@ def test_kernel_compiles_without_a_gpu(names):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [64, 80, 128])
-@pytest.mark.parametrize("format", [CHANNEL, Ternary("token", 16), Ternary("channel", 32)], ids=str)
+@pytest.mark.parametrize(
+    "format",
+    [CHANNEL, Ternary("token", 16), Ternary("channel", 32), Ternary(protected=8)],
+    ids=str,
+)
 def test_kernel_on_the_gpu_matches_float64(format, size):
     case = Case(format, format, length=128, size=size, groups=4, blocks=(11, 4), exact=(130, 64))
     for dtype in (torch.bfloat16, torch.float16):

@@ -85,12 +85,14 @@ def decode_attention(
     if implementation is not Implementation.TRITON:
         raise ValueError("implementation is auto; it is resolved while planning")
     require_triton(query.device, *(blocks.format for blocks in (keys, values) if blocks))
-    from squeeze.kernels.decode_attention import codebook, streamed, triton
+    from squeeze.kernels.decode_attention import bitmap, codebook, streamed, triton
 
-    # All compute the same: two are made for certain formats, the third takes every one.
+    # All compute the same: three are made for certain formats, the last takes every one.
     kernel: ModuleType = triton
     if codebook.takes(packed_query, exact_keys.shape[1], keys, values):
         kernel = codebook
+    elif bitmap.takes(packed_query, (exact_keys, exact_values), keys, values):
+        kernel = bitmap
     elif scaling > 0 and streamed.takes(packed_query, (exact_keys, exact_values), keys, values):
         kernel = streamed
     return kernel.decode_attention(

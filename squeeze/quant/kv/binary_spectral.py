@@ -14,6 +14,7 @@ from torch import Tensor
 
 from squeeze.errors import UnsupportedError
 from squeeze.kernels.bits import pack_bytes, unpack_bytes
+from squeeze.quant.kv._protected import RUN, Protected, protect, protected_bits, restore
 from squeeze.registry import register
 from squeeze.types import Tensors
 
@@ -37,8 +38,11 @@ class BinarySpectral:
         outliers: Share of the channels at 2 bits; their number divides D.
         transform: Of the other channels.
         group_size: Tokens sharing constants.
+        protected: Of so many tokens of every 128, the most salient or those that lose the most,
+            the remainders are stored at 4 bits.
     Cost: ``1 + outliers`` bits per value and ``16 * (1 + outliers) / group_size`` for constants;
-        one ``n x n`` product per token and step, ``n = (1 - outliers) * D``.
+        0.03 more for every protected token; one ``n x n`` product per token and step,
+        ``n = (1 - outliers) * D``.
     Source: Tao et al., 2025, VidKV, https://arxiv.org/abs/2503.16257, section 3.2.
     Differs: loud channels are calibrated per layer and head instead of chosen from the prompt, so
         that a query is moved into the basis once per step; the transform has as many real
@@ -50,6 +54,7 @@ class BinarySpectral:
     outliers: Annotated[float, Gt(0), Lt(1)] = 0.25
     transform: Kind = "dct"
     group_size: Literal[32, 64, 128] = 128
+    protected: Protected = 0
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -64,7 +69,7 @@ class BinarySpectral:
     @property
     def block_length(self) -> int:
         """Tokens that must be encoded together."""
-        return self.group_size
+        return RUN if self.protected else self.group_size
 
     def check(self, head_dim: int) -> None:
         """Refuse a share of outliers that is no whole part of the head.
@@ -90,13 +95,14 @@ class BinarySpectral:
         """Quantize and pack whole blocks.
 
         Args:
-            x: ``[..., H_kv, L, D]`` in the basis, any float dtype; L a multiple of ``group_size``.
+            x: ``[..., H_kv, L, D]`` in the basis, any float; L a multiple of ``block_length``.
                 C = ``outliers * D``, R = ``D - C``.
-            parameters: Empty.
+            parameters: ``salience`` float ``[..., 1 or H_kv, L]``, if it is to decide which
+                tokens are protected.
         Returns:
             ``codes`` uint8 ``[..., H_kv, L / 4, C]``; ``signs`` uint8 ``[..., H_kv, L / 8, R]``;
             ``scale`` float16 ``[..., H_kv, L / group_size, D]``; ``zero`` float16 ``[..., H_kv,
-            L / group_size, C]``.
+            L / group_size, C]``; and what ``protect`` returns.
         """
         groups = self._grouped(x.float().clamp(-HALF_MAX, HALF_MAX))
         loud, rest = groups.split(self._sizes(x.shape[-1]), dim=-1)
@@ -105,12 +111,16 @@ class BinarySpectral:
         step = spread.float().unsqueeze(-2)
         codes = torch.where(step == 0, 0.0, (loud - zero.float().unsqueeze(-2)) / step)
         size = rest.abs().mean(-2).to(torch.float16)
-        return {
+        packed = {
             "codes": pack_bytes(codes.round().clamp(0, 3).nan_to_num(0).flatten(-3, -2), 2),
             "signs": pack_bytes((rest >= 0).flatten(-3, -2), 1),
             "scale": torch.cat([spread, size], dim=-1),
             "zero": zero,
         }
+        if self.protected:
+            plain = self._plain(packed)
+            packed |= protect(x, plain, self.protected, parameters.get("salience"))
+        return packed
 
     def decode(self, packed: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
         """Undo ``encode`` up to rounding.
@@ -121,6 +131,11 @@ class BinarySpectral:
         Returns:
             float32 ``[..., H_kv, L, D]`` in the basis.
         """
+        values = self._plain(packed)
+        return restore(values, packed) if self.protected else values
+
+    def _plain(self, packed: Mapping[str, Tensor]) -> Tensor:
+        """Decode as if no token was protected."""
         length = packed["codes"].shape[-2] * 4
         codes = unpack_bytes(packed["codes"], 2, length).float()
         signs = unpack_bytes(packed["signs"], 1, length).float() * 2 - 1
@@ -131,7 +146,8 @@ class BinarySpectral:
 
     def bits_per_value(self, head_dim: int) -> float:
         """Count the stored bits per value, constants included."""
-        return (1 + self.outliers) * (1 + 16 / self.group_size)
+        kept = protected_bits(self.protected, head_dim)
+        return (1 + self.outliers) * (1 + 16 / self.group_size) + kept
 
     def constant_bytes(self, heads: int, head_dim: int) -> int:
         """Count the basis: one int32 per channel of each head."""

@@ -113,7 +113,8 @@ class Graded:
                 continue
             low, high = _ends(part, width)
             zero = low.clamp(-HALF_MAX, HALF_MAX).to(torch.float16)
-            scale = ((high - low) / (2**width - 1)).to(torch.float16)
+            # CUDA divides by a number of the host by multiplying with its rounded inverse.
+            scale = ((high - low) / torch.full_like(low, 2**width - 1)).to(torch.float16)
             step = scale.float().unsqueeze(-2)
             offset = part - zero.float().unsqueeze(-2)
             code = torch.where(step == 0, 0.0, offset / step).round().clamp(0, 2**width - 1)

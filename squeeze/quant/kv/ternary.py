@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from squeeze.errors import UnsupportedError
+from squeeze.quant.kv._protected import Protected, protect, protected_bits, restore
 from squeeze.registry import register
 from squeeze.types import Tensors
 
@@ -30,7 +31,7 @@ class Ternary:
     ``x = code * scale`` with ``code = sign(x)`` where ``|x| > threshold * mean|x|`` and 0
     elsewhere; ``scale`` is the mean magnitude of what was kept. A group is ``group_size`` tokens
     of one channel (granularity channel) or ``group_size`` channels of one token. Assumes groups
-    around zero: compose keys with ``center``. Quantizing again changes nothing.
+    around zero: compose keys with ``center``. Quantizing again changes nothing but remainders.
 
     Five codes ``c`` make the number ``n = sum (c_i + 1) 3**(4 - i)``, stored as the byte
     ``ceil(n * 256 / 243)``; then ``c_i + 1`` is ``((byte * 3**i mod 256) * 3) >> 8``.
@@ -40,17 +41,22 @@ class Ternary:
         group_size: Values sharing one scale. Channel: 32, 64 or 128 tokens. Token: divides D, from
             16 up.
         threshold: Share of a group's mean magnitude below which a value becomes zero.
-    Cost: 1.6 bits per value (1.6006 for 128 tokens of 64 channels), and 16 bits per group.
+        protected: Of so many tokens of every 128, the most salient or those that lose the most,
+            the remainders are stored at 4 bits.
+    Cost: 1.6 bits per value (1.6006 for 128 tokens of 64 channels), and 16 bits per group; 0.03
+        more for every protected token.
     Source: Tao et al., 2025, VidKV, https://arxiv.org/abs/2503.16257, section 3.3; the byte is
         that of llama.cpp's TQ1_0, https://github.com/ggml-org/llama.cpp/pull/8151.
     Differs: the scale is the mean of the kept values and not of all, and the threshold 0.75 and
         not 0.5. On Gaussian groups of 128 this leaves 0.188 of the variance where the source
         leaves 0.261 and the best ternary code 0.187. Codes are packed dense, not in 2-bit fields.
+        The source protects a fifth of all vision tokens by 2-bit codes instead of ternary ones.
     """
 
     granularity: Literal["channel", "token"] = "channel"
     group_size: Annotated[int, Ge(1)] = 128
     threshold: Annotated[float, Gt(0), Le(1)] = 0.75
+    protected: Protected = 0
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -89,11 +95,12 @@ class Ternary:
 
         Args:
             x: ``[..., H_kv, L, D]``, any float dtype; L a multiple of 128.
-            parameters: Empty.
+            parameters: ``salience`` float ``[..., 1 or H_kv, L]``, if it is to decide which
+                tokens are protected.
         Returns:
             ``codes`` uint8 ``[..., H_kv, L / 128, 25, D]`` and ``tail`` uint8 ``[..., H_kv,
             L / 128, ceil(3 D / 5)]``; ``scale`` float16 ``[..., H_kv, L / group_size, D]``
-            (channel) or ``[..., H_kv, L, D / group_size]`` (token).
+            (channel) or ``[..., H_kv, L, D / group_size]`` (token); and what ``protect`` returns.
         """
         groups = self._grouped(x.float().clamp(-HALF_MAX, HALF_MAX))
         dim = self._group_dim
@@ -105,11 +112,15 @@ class Ternary:
         fields = runs[..., : 5 * ROWS, :].unflatten(-2, (5, ROWS))
         tail = runs[..., 5 * ROWS :, :].flatten(-2)
         tail = functional.pad(tail, (0, -tail.shape[-1] % 5)).unflatten(-1, (5, -1))
-        return {
+        packed = {
             "codes": _join(fields.movedim(-3, 0)),
             "tail": _join(tail.movedim(-2, 0)),
             "scale": scale.to(torch.float16),
         }
+        if self.protected:
+            plain = self._plain(packed)
+            packed |= protect(x, plain, self.protected, parameters.get("salience"))
+        return packed
 
     def decode(self, packed: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
         """Undo ``encode`` up to rounding.
@@ -120,6 +131,11 @@ class Ternary:
         Returns:
             float32 ``[..., H_kv, L, D]``.
         """
+        values = self._plain(packed)
+        return restore(values, packed) if self.protected else values
+
+    def _plain(self, packed: Mapping[str, Tensor]) -> Tensor:
+        """Decode as if no token was protected."""
         size = packed["codes"].shape[-1]
         main = _split(packed["codes"]).movedim(0, -3).flatten(-3, -2)
         tail = _split(packed["tail"]).movedim(0, -2).flatten(-2)[..., : TAIL * size]
@@ -131,7 +147,8 @@ class Ternary:
     def bits_per_value(self, head_dim: int) -> float:
         """Count the stored bits per value, scales included."""
         stored = ROWS * head_dim + -(-TAIL * head_dim // 5)
-        return 8 * stored / (RUN * head_dim) + 16 / self.group_size
+        kept = protected_bits(self.protected, head_dim)
+        return 8 * stored / (RUN * head_dim) + 16 / self.group_size + kept
 
     def constant_bytes(self, heads: int, head_dim: int) -> int:
         """Nothing is stored beside the blocks."""

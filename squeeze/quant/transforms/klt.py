@@ -108,6 +108,14 @@ def _scale(importance: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
-    """``x [..., H_kv, L, D]`` times each head's ``[D, D]``, at least in float32."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide @ matrix.to(wide.dtype)
+    """``x [..., H_kv, L, D]`` times each head's ``[D, D]``, at least in float32.
+
+    All vectors of a head are the rows of one product: neither they nor the matrix are copied for
+    every block.
+    """
+    heads = x.movedim(-3, 0)
+    wide = heads.to(
+        torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format
+    )
+    product = wide.flatten(1, -2) @ matrix.to(wide.dtype)
+    return product.view(heads.shape).movedim(0, -3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -35,18 +36,26 @@ class Smooth:
             the factor is that of the keys before RoPE.
         outliers: With ``pairs``, so many loudest channels per head, and the partners of these,
             keep factors of their own, as one of them is loud after RoPE and the other is not.
-    Cost: ``4 * H_kv * D`` bytes per layer; one multiplication per query channel and step.
+        fold: With ``pairs``, put the factors of pairs, rounded to powers of two, into the weights
+            that make queries and keys. What is left, where there are outliers, acts after RoPE.
+        shared: With ``fold``, all heads have the same factors there. The plan sets it where these
+            go into a norm that the heads share.
+    Cost: ``4 * H_kv * D`` bytes per layer and one multiplication per query channel and step;
+        ``H_kv * D`` bytes more with ``fold``, and nothing but these without outliers.
     Source: Baek et al., 2025, FireQ, https://arxiv.org/abs/2505.20839, scaling before and after
         RoPE; formulas as in its code, https://github.com/llm-fireq/fireq (strength 1, pairs, three
         outliers).
-    Differs: both factors act after RoPE, where they are one diagonal matrix, instead of the first
-        being folded into the projections: exact for any rotary layout, projection norm and bias.
-        The source's common target magnitude is left out, as our formats scale themselves.
+    Differs: folded factors are powers of two, so that the weights are scaled and restored without
+        rounding; without ``fold`` both kinds act after RoPE, where they are one diagonal matrix, on
+        any model. The source's common target magnitude is left out, as our formats scale
+        themselves.
     """
 
     strength: Annotated[float, Ge(0), Le(1)] = 0.5
     pairs: bool = False
     outliers: Annotated[int, Ge(0)] = 0
+    fold: bool = False
+    shared: bool = False
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -59,33 +68,43 @@ class Smooth:
         return ("keys",)
 
     def fit(self, statistics: Mapping[str, Tensor]) -> Tensors:
-        """Choose the factors: ``factor``, float32 ``[H_kv, D]``."""
+        """Choose the factors.
+
+        Returns:
+            ``factor``, float32 ``[H_kv, D]``. With ``fold`` also ``folded``, int8 ``[H_kv, D]``:
+            the layer's own keys are divided by ``2**folded``, and ``factor``, absent without
+            outliers, is what those still lack.
+        """
         keys = statistics["kv_samples"].float()
         loudest = keys.abs().amax(1)
-        magnitude = loudest
-        if self.pairs:
-            low, high = keys.chunk(2, dim=-1)
-            magnitude = torch.hypot(low, high).amax(1).repeat(1, 2)
-            apart = self._apart(loudest)
-            magnitude = torch.where(apart, loudest, magnitude)
-        least = magnitude.amax(1, keepdim=True).clamp(min=1e-30) * FLOOR
-        logarithm = torch.maximum(magnitude, least).log() * self.strength
-        return {"factor": (logarithm - logarithm.mean(1, keepdim=True)).exp()}
+        if not self.pairs:
+            return {"factor": self._relative(loudest).exp()}
+        low, high = keys.chunk(2, dim=-1)
+        radius = torch.hypot(low, high).amax(1).repeat(1, 2)
+        whole = self._relative(torch.where(self._apart(loudest), loudest, radius))
+        if not self.fold:
+            return {"factor": whole.exp()}
+        together = self._relative(radius)
+        if self.shared:
+            together = together.mean(0, keepdim=True).expand_as(together)
+        folded = (together / math.log(2)).round()
+        rest = {"factor": (whole - folded * math.log(2)).exp()} if self.outliers else {}
+        return {"folded": folded.to(torch.int8), **rest}
 
     def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Divide by the factors.
 
         Args:
-            x: Keys after RoPE, ``[..., H_kv, L, D]``.
-            parameters: ``factor`` ``[H_kv, D]``.
+            x: Keys as the layer makes them, after RoPE, ``[..., H_kv, L, D]``.
+            parameters: ``factor`` ``[H_kv, D]``, if there is one.
         Returns:
             Same shape, float32 (float64 for float64 keys).
         """
-        return x / parameters["factor"].unsqueeze(-2)
+        return x / parameters["factor"].unsqueeze(-2) if "factor" in parameters else x
 
     def invert(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Multiply by the factors; shapes and dtype as in ``apply``."""
-        return x * parameters["factor"].unsqueeze(-2)
+        return x * parameters["factor"].unsqueeze(-2) if "factor" in parameters else x
 
     def prepare_query(
         self, query: Tensor, parameters: Mapping[str, Tensor]
@@ -94,9 +113,22 @@ class Smooth:
 
         The product is rounded to the query's dtype.
         """
+        if "factor" not in parameters:
+            return query, None
         factor = parameters["factor"]
         grouped = query.unflatten(1, (factor.shape[0], -1))
         return (grouped * factor[:, None, None, :]).flatten(1, 2).to(query.dtype), None
+
+    def constant_bytes(self, heads: int, head_dim: int) -> int:
+        """Count the bytes of the tables."""
+        factors = 4 if self.outliers or not self.fold else 0
+        return (factors + self.fold) * heads * head_dim
+
+    def _relative(self, magnitude: Tensor) -> Tensor:
+        """Logarithms of the factors that magnitudes ``[H_kv, D]`` ask for."""
+        least = magnitude.amax(1, keepdim=True).clamp(min=1e-30) * FLOOR
+        logarithm = torch.maximum(magnitude, least).log() * self.strength
+        return logarithm - logarithm.mean(1, keepdim=True)
 
     def _apart(self, loudest: Tensor) -> Tensor:
         """Mark each head's outliers and their partners, bool ``[H_kv, D]``."""

@@ -15,15 +15,17 @@ import triton
 import triton.language as tl
 
 from squeeze.kernels.decode_attention.product import multiply_add
+from squeeze.kernels.decode_attention.protected import COMPONENTS as PROTECTED
+from squeeze.kernels.decode_attention.protected import add_scores, add_values
 
-COMPONENTS = ("codes", "signs", "scale", "zero")
+COMPONENTS = ("codes", "signs", "scale", "zero", *PROTECTED)
 PARAMETERS = ()
 
 
 def describe(format: Any, length: int, head_dim: int) -> tuple[int, ...]:
     """Compile-time facts: see the names in ``score``."""
     _, wide, width = parts(format, head_dim)
-    return (length, head_dim, wide, width, format.group_size)
+    return (length, head_dim, wide, width, format.group_size, format.protected)
 
 
 def parts(format: Any, head_dim: int) -> tuple[int, int, int]:
@@ -84,7 +86,7 @@ def score(tables, block, slab, query, META: tl.constexpr):
     """Dot products ``[M, L]`` of the query parts with one block of keys.
 
     META: block length L, head size D, channels of a range, the same as a power of two, tokens
-    sharing constants.
+    sharing constants, protected tokens of 128.
     """
     COUNT: tl.constexpr = len(query)
     LENGTH: tl.constexpr = META[0]
@@ -92,6 +94,8 @@ def score(tables, block, slab, query, META: tl.constexpr):
     for part in tl.static_range(0, COUNT):
         keys = _values(tables, block, slab, part, query[part].dtype, META)
         result = multiply_add(query[part], tl.trans(keys), result)
+    if META[5] > 0:
+        result = add_scores(tables, block, slab, query, result, 4, META[5], META[1], META[2])
     return result
 
 
@@ -103,4 +107,6 @@ def accumulate(tables, block, slab, weights, output, dtype: tl.constexpr, META: 
     for part in tl.static_range(0, COUNT):
         values = _values(tables, block, slab, part, dtype, META)
         result = result + (multiply_add(weights.to(dtype), values, output[part]),)
+    if META[5] > 0:
+        result = add_values(tables, block, slab, weights, result, 4, META[5], META[1], META[2])
     return result

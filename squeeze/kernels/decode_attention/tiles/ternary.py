@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 
 from squeeze.kernels.decode_attention.product import multiply, multiply_add
+from squeeze.kernels.decode_attention.protected import COMPONENTS as PROTECTED
+from squeeze.kernels.decode_attention.protected import add_scores, add_values
 
-COMPONENTS = ("codes", "tail", "scale")
+COMPONENTS = ("codes", "tail", "scale", *PROTECTED)
 PARAMETERS = ()
 
 
@@ -25,7 +27,7 @@ def describe(format: Any, length: int, head_dim: int) -> tuple[int, ...]:
     folded = format.group_size == (length if channel else head_dim)
     mode = (0 if channel else 1) if folded else 2
     width = max(16, triton.next_power_of_2(head_dim))
-    return (length, head_dim, width, mode, int(channel), format.group_size)
+    return (length, head_dim, width, mode, int(channel), format.group_size, format.protected)
 
 
 def parts(format: Any, head_dim: int) -> tuple[int, int, int]:
@@ -147,7 +149,8 @@ def score(tables, block, slab, query, META: tl.constexpr):
     """Dot products ``[M, L]`` of the query parts with one block of keys.
 
     META: block length L, head size D, the same as a power of two, how scales enter (0 folded per
-    channel, 1 folded per token, 2 on every value), granularity is channel, values of a group.
+    channel, 1 folded per token, 2 on every value), granularity is channel, values of a group,
+    protected tokens of 128.
     """
     LEFT: tl.constexpr = META[0] // 128 * 3
     dtype: tl.constexpr = query[0].dtype
@@ -162,6 +165,8 @@ def score(tables, block, slab, query, META: tl.constexpr):
         result += tl.where(token == _place(number), alone[:, None], 0.0)
     if META[3] == 1:
         result *= _folded(tables, block, slab, META)[None, :]
+    if META[6] > 0:
+        result = add_scores(tables, block, slab, query, result, 3, META[6], META[1], META[1])
     return result
 
 
@@ -169,6 +174,7 @@ def score(tables, block, slab, query, META: tl.constexpr):
 def accumulate(tables, block, slab, weights, output, dtype: tl.constexpr, META: tl.constexpr):
     """Add weights ``[M, L]`` (float32) times one block of values to the output parts."""
     LEFT: tl.constexpr = META[0] // 128 * 3
+    whole = weights
     if META[3] == 1:
         weights *= _folded(tables, block, slab, META)[None, :]
     values = _values(tables, block, slab, dtype, META)
@@ -180,4 +186,7 @@ def accumulate(tables, block, slab, weights, output, dtype: tl.constexpr, META: 
         total += weight[:, None] * _tail(tables, block, slab, number, META)[None, :]
     if META[3] == 0:
         total = output[0] + total * _folded(tables, block, slab, META)[None, :]
-    return (total,)
+    result = (total,)
+    if META[6] > 0:
+        result = add_values(tables, block, slab, whole, result, 3, META[6], META[1], META[1])
+    return result
