@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from squeeze import environment
+from squeeze import atomic, environment
 from squeeze import export as export_module
 from squeeze import recipe as recipe_module
 from squeeze.cache_hook import static_cache
@@ -275,7 +275,7 @@ def _work_folder(
     if not (marker.is_file() and marker.read_text(encoding="utf-8") == key):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        export_module.write_atomically(marker, key)
+        atomic.write_text(marker, key)
     yield work
     shutil.rmtree(work)
 

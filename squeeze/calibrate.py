@@ -6,7 +6,6 @@ import copy
 import functools
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from squeeze import atomic
 from squeeze.errors import CheckpointError, UnsupportedError
 from squeeze.model_info import describe
 
@@ -470,14 +470,10 @@ def _unflatten(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write beside the target, flush to disk, then rename: a reader sees the old or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
+    """Write tensors and facts about them in one step."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, draft, metadata={"squeeze": json.dumps(dict(about))})
-    with open(draft, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    with atomic.replacing(path) as draft:
+        save_file(contiguous, draft, metadata={"squeeze": json.dumps(dict(about))})
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from squeeze import registry
+from squeeze import atomic, registry
 from squeeze.attention import table_name
 from squeeze.calibrate import Stats
 from squeeze.folding import FOLDED, exponents, folded_tables, scaled
@@ -83,10 +83,8 @@ def _fit(
     if fitted.scale is not None:
         tensors["scale"] = fitted.scale.cpu()
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary)
-        temporary.replace(path)
+        with atomic.replacing(path) as draft:
+            save_file(tensors, draft)
     return assemble(method, row, tensors)
 
 

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from squeeze import atomic
 from squeeze.attention import LayerState
 from squeeze.compress import assemble, weight_method
 from squeeze.errors import CheckpointError, RecipeError, UnsupportedError, nearest
@@ -103,11 +104,11 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
                 "sha256": _sha256(path),
             }
     manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
+    atomic.write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
     for path in folder.rglob("*"):
         if path.is_file():
-            _fsync(path)
-    _fsync(folder)
+            atomic.flush(path)
+    atomic.flush(folder)
 
 
 def publish(folder: Path, output: Path, overwrite: bool) -> None:
@@ -118,17 +119,9 @@ def publish(folder: Path, output: Path, overwrite: bool) -> None:
             shutil.rmtree(old)
         os.replace(output, old)
     os.replace(folder, output)
-    _fsync(output.parent)
+    atomic.flush(output.parent)
     if old.exists():
         shutil.rmtree(old)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write text through a temporary neighbour and a rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -366,7 +359,7 @@ def export_compressed_tensors(
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     kept = {k: v.contiguous() for k, v in state.items() if k not in tied}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    write_atomically(folder / "config.json", json.dumps(config, indent=2))
+    atomic.write_text(folder / "config.json", json.dumps(config, indent=2))
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
@@ -392,11 +385,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

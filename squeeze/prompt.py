@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from squeeze import atomic
 from squeeze.cache import PackedCache
 from squeeze.cache.saved import export_layer, load_layer
 from squeeze.cache_hook import new_cache, packing_states
 from squeeze.errors import CheckpointError, UnsupportedError
-from squeeze.export import publish
 from squeeze.prompt_identity import check_identity, identity
 from squeeze.types import Tensors
 
@@ -90,14 +89,8 @@ def save_prompt(
     }
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     facts["content"] = _content_hash(tensors, facts)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(tensors, temporary, metadata={HEADER: json.dumps(facts)})
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        publish(temporary, path.absolute(), overwrite=False)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic.replacing(path) as draft:
+        save_file(tensors, draft, metadata={HEADER: json.dumps(facts)})
     return path
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from squeeze import atomic
 from squeeze.errors import CheckpointError, nearest
 from squeeze.measurement import Measurement, metrics, tabulate
 from squeeze.report_html import page
@@ -84,8 +84,8 @@ class Report:
         """Write ``report.json`` and ``report.html`` into ``folder``, each in one step."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "report.json", json.dumps(self.to_dict(), indent=1) + "\n")
-        _write(folder / "report.html", page(self))
+        atomic.write_text(folder / "report.json", json.dumps(self.to_dict(), indent=1) + "\n")
+        atomic.write_text(folder / "report.html", page(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -160,13 +160,6 @@ def compare(*reports: Report, names: Sequence[str] = ("first", "second")) -> Com
     values = {key: tuple(conditions.get(key) for conditions in flat) for key in keys}
     differing = {key: v for key, v in values.items() if any(x != v[0] for x in v)}
     return Comparison(reports, tuple(names), differing)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write through a neighbour, so that a reader sees the old file or the whole new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _check_fields(cls: type, data: Mapping[str, Any], place: str) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "squeeze"
 # Low to high. A file may import lower strata, and earlier names of its own stratum.
 STRATA = (
-    ("errors", "types", "registry", "environment"),
+    ("errors", "types", "registry", "environment", "atomic"),
     ("kernels",),
     ("quant", "sparsify"),
     (

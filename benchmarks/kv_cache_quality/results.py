@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.kv_cache_quality.measure import MODE, SEED, Settings
 from benchmarks.kv_cache_quality.rows import Row
-from squeeze import reference
+from squeeze import atomic, reference
 from squeeze.environment import environment
 from squeeze.errors import CheckpointError
 from squeeze.model_info import describe
@@ -93,7 +92,4 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(result: Mapping[str, Any], path: Path) -> None:
     """Write a file of results in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    atomic.write_text(path, json.dumps(result, indent=1) + "\n")

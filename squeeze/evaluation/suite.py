@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squeeze import reference
+from squeeze import atomic, reference
 from squeeze.errors import RecipeError
 from squeeze.evaluation import evaluate
 from squeeze.evaluation.latency import latency
@@ -181,10 +181,7 @@ def _task(
         progress=report,
     )
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result), encoding="utf-8")
-        temporary.replace(path)
+        atomic.write_text(path, json.dumps(result))
     return result
 
 
