@@ -6,7 +6,6 @@ cache holds, and replay as one CUDA graph, so neither reuse nor launch overhead 
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,18 +21,19 @@ from squeeze.types import ClusteredWeight, Implementation
 
 OP = "lut_linear"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
-BITS = (2, 3, 4)
-ROWS = (1, 16, 512)
-ROTATED_BYTES, REPLAYS = 256 * 2**20, 20
+FORMS = ((4, "int8"), (4, "float16"), (3, "int8"))  # width of an index, dtype of the entries
+ROWS = (1, 4, 16, 64, 2048)
+INTEGER_ROWS, INTEGER_GROUP = 16, 128  # the library's int4 product is far behind above
+COPIES, REPLAYS = 8, 20
 
 
 def run(device: str | torch.device, repeats: int = REPLAYS) -> Iterator[dict[str, Any]]:
-    """Time every shape, width and number of rows; a CPU runs the reference on one small shape.
+    """Time every shape, form and number of rows; a CPU runs the reference on one small shape.
 
     Yields:
-        One dictionary per case: op, shape ``[out, in]``, rows, bits (16 is the library),
+        One dictionary per case: op, shape ``[out, in]``, rows, bits (16 is the library), entries,
         effective_bits, implementation, median_us, bytes of one weight, baseline, and speedup
-        over the library.
+        over the library in the same dtype as x.
     """
     place = torch.device(device)
     small = place.type == "cpu"
@@ -45,26 +45,37 @@ def run(device: str | torch.device, repeats: int = REPLAYS) -> Iterator[dict[str
 def _shape(
     shape: tuple[int, int], rows: int, device: torch.device, repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """Measure the library and every width on one shape."""
+    """Measure the libraries and every form on one shape."""
     small = device.type == "cpu"
     implementation = Implementation.REFERENCE if small else Implementation.TRITON
     dtype = torch.float32 if small else torch.bfloat16
     x = torch.randn(rows, shape[1], device=device).to(dtype)
     dense = torch.randn(*shape, device=device).to(dtype)
-    calls = [_dense_call(x, dense.clone()) for _ in range(_copies(dense.nbytes))]
+    calls = [_dense_call(x, dense.clone()) for _ in range(COPIES)]
     library = _median_us(calls, device, repeats)
     facts = {"op": OP, "shape": list(shape), "rows": rows, "dtype": str(dtype)[6:]}
     yield facts | {
-        "bits": 16, "effective_bits": 8.0 * dense.itemsize, "implementation": "library",
-        "median_us": library, "bytes": dense.nbytes, "baseline": True, "speedup": 1.0,
+        "bits": 16, "entries": facts["dtype"], "effective_bits": 8.0 * dense.itemsize,
+        "implementation": "library", "median_us": library, "bytes": dense.nbytes,
+        "baseline": True, "speedup": 1.0,
     }  # fmt: skip
-    for bits in BITS:
-        weight = _weight(shape[0], shape[1], bits, device)
-        copies = [_copy(weight) for _ in range(_copies(weight.nbytes))]
-        ours = _median_us([_call(x, copy, implementation) for copy in copies], device, repeats)
+    del calls, dense
+    if not small and rows <= INTEGER_ROWS:
+        integers = [_integer_call(x, shape) for _ in range(COPIES)]
+        taken = _median_us(integers, device, repeats)
+        nbytes = shape[0] * shape[1] // 2 + shape[0] * shape[1] // INTEGER_GROUP * 4
         yield facts | {
-            "bits": bits, "effective_bits": round(weight.effective_bits, 3),
-            "implementation": implementation.value, "median_us": ours, "bytes": weight.nbytes,
+            "bits": 4, "entries": "uniform", "effective_bits": 8 * nbytes / (shape[0] * shape[1]),
+            "implementation": "library int4", "median_us": taken, "bytes": nbytes,
+            "baseline": True, "speedup": library / taken,
+        }  # fmt: skip
+    for bits, entries in FORMS:
+        weights = [_weight(*shape, bits, entries, device) for _ in range(COPIES)]
+        ours = _median_us([_call(x, each, implementation) for each in weights], device, repeats)
+        yield facts | {
+            "bits": bits, "entries": entries,
+            "effective_bits": round(weights[0].effective_bits, 3),
+            "implementation": implementation.value, "median_us": ours, "bytes": weights[0].nbytes,
             "baseline": False, "speedup": library / ours,
         }  # fmt: skip
 
@@ -77,26 +88,33 @@ def _call(x: Tensor, weight: ClusteredWeight, how: Implementation) -> Callable[[
     return lambda: lut_linear(x, weight, implementation=how)
 
 
-def _copies(nbytes: int) -> int:
-    """Enough copies to push one another out of the cache, within reason."""
-    return min(32, -(-ROTATED_BYTES // nbytes)) if nbytes > 2**20 else 1
-
-
-def _copy(weight: ClusteredWeight) -> ClusteredWeight:
-    """Copy the indices; codebook and scale are small and stay shared."""
-    return dataclasses.replace(weight, indices=weight.indices.clone())
+def _integer_call(x: Tensor, shape: tuple[int, int]) -> Callable[[], Tensor]:
+    """The library's product with uniform 4-bit integers in groups."""
+    out_features, in_features = shape
+    codes = torch.randint(
+        0, 256, (out_features, in_features // 2), dtype=torch.uint8, device=x.device
+    )
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+    scales = torch.full(
+        (in_features // INTEGER_GROUP, out_features, 2), 1e-2, dtype=x.dtype, device=x.device
+    )
+    return lambda: torch.ops.aten._weight_int4pack_mm(x, packed, INTEGER_GROUP, scales)
 
 
 def _weight(
-    out_features: int, in_features: int, bits: int, device: torch.device
+    out_features: int, in_features: int, bits: int, entries: str, device: torch.device
 ) -> ClusteredWeight:
-    """A random weight with an int8 codebook per row."""
+    """A random weight with a codebook per row."""
     codes = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8, device=device)
-    codebook = torch.randint(-127, 128, (out_features, 1, 2**bits), dtype=torch.int8, device=device)
+    shape = (out_features, 1, 2**bits)
+    codebook, scale = torch.randn(*shape, device=device).half(), None
+    if entries == "int8":
+        codebook = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+        scale = torch.full((out_features,), 1e-4, dtype=torch.float16, device=device)
     return ClusteredWeight(
         pack(codes, bits),
         codebook.sort(-1).values,
-        torch.full((out_features,), 1e-4, dtype=torch.float16, device=device),
+        scale,
         bits,
         (out_features, in_features),
         1,

@@ -22,7 +22,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from squeeze.types import ClusteredWeight
 
 STEP_WORDS = 16  # words of each plane in a step, 512 channels
-ROWS = 16  # rows of x up to which this is the kernel to choose
+UNROLLED = 8  # steps of a warp, all in the code
+ROWS = 32  # rows of x up to which this is the kernel to choose
 SMALLEST = tl.constexpr(2.0**-100)  # a block whose largest number is below this counts as zeros
 
 
@@ -121,7 +122,7 @@ def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tenso
     overlap = torch.cuda.get_device_capability(x.device) >= (9, 0)
     early = {"launch_pdl": True} if overlap else {}
     u = weight.indices.shape[1] // weight.bits
-    tiles, column_tiles = _tiles(count)
+    tiles, column_tiles, ahead = _tiles(count)
     warps, turns = _split(u)
     steps = warps * turns
     pieces = x.new_empty(steps * 1024 * count, dtype=torch.int8)
@@ -134,9 +135,11 @@ def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tenso
         u=u, OVERLAP=overlap, num_warps=2, **early,
     )  # fmt: skip
     y = x.new_empty(count, out_features)
-    gluon.multiply[(triton.cdiv(out_features, 16 * tiles),)](
+    grid = (triton.cdiv(count, 4 * column_tiles), triton.cdiv(out_features, 16 * tiles))
+    gluon.multiply[grid](
         pieces, factors, weight.indices, tables, scale, bias, y, count, out_features,
         u=u, STEPS=turns, WARPS=warps, TILES=tiles, COLUMN_TILES=column_tiles,
+        AHEAD=ahead,
         PIECES=1 if plain else 2, SHARED=weight.rows if plain else 1, BITS=weight.bits,
         SCALED=scale is not None, BIASED=bias is not None, OVERLAP=overlap,
         num_warps=warps, **early,
@@ -160,17 +163,17 @@ def _entries(
     return tables, scales
 
 
-def _tiles(count: int) -> tuple[int, int]:
-    """Sixteens of weight rows per warp, and eights of byte columns, for a number of rows of x."""
+def _tiles(count: int) -> tuple[int, int, bool]:
+    """Sixteens of weight rows per warp, eights of byte columns, and whether words wait a step."""
     column_tiles = 1 if count <= 4 else 2 if count <= 8 else 4
-    return (1 if column_tiles == 1 else 2), column_tiles
+    return 1, column_tiles, True
 
 
 def _split(u: int) -> tuple[int, int]:
     """Warps of a program and steps of each, not many of them past the end."""
     steps = triton.cdiv(u, STEP_WORDS)
-    for warps in (4, 2):
+    for warps in (4, 8, 16, 2):
         turns = triton.cdiv(steps, warps)
-        if warps * turns * 4 <= steps * 5:
+        if turns <= UNROLLED and warps * turns * 4 <= steps * 5:
             return warps, turns
     return 1, steps

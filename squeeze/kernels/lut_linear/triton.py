@@ -278,7 +278,7 @@ def _dense_kernel(
 def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tensor:
     """Compute ``x @ W.T + bias`` by the kernel that suits the number of rows of ``x``.
 
-    Up to 16 rows that fit: ``streamed``. Otherwise up to 4: multiply-add in float32; up to 256:
+    Few rows that fit: ``streamed``. Otherwise up to 4: multiply-add in float32; up to 256:
     matrix product on tiles decoded in registers.
     Above: this layer's weight is decoded to a scratch in the dtype of ``x``, the library
     multiplies, and the scratch is freed.
