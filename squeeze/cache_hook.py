@@ -43,7 +43,9 @@ class CacheHook:
         if self.packs and not isinstance(cache, PackedCache) and (use_cache or cache is not None):
             cache = kwargs["past_key_values"] = new_cache(self.config, self.states, cache)
         past = cache.get_seq_length() if cache is not None else 0
-        pads, right = read_padding(kwargs, past)
+        pads, right = None, False
+        if not (isinstance(cache, StaticPackedCache) and cache.is_recording):
+            pads, right = read_padding(kwargs, past)
         if isinstance(cache, PackedCache):
             if past and cache.padded_right:
                 raise _mask_error("of an earlier call was padded on the right")

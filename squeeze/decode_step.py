@@ -59,6 +59,8 @@ class Recording:
     def __init__(self, call: Call, places: Any) -> None:
         self.places = places
         self.tokens, self.positions = call.tokens.clone(), call.positions.clone()
+        # Nobody reads it: without one, or with one row of numbers, models ask the device for zeros.
+        self.mask = call.tokens.new_ones(len(call.tokens), 1, call.tokens.shape[1], 1).bool()
         self.replay: Any = None
         self.kind: Any = None
         self.fields: dict[str, Any] = {}
@@ -225,8 +227,7 @@ class DecodeStep:
         cache, recorder = call.cache, self.recorder
         assert recorder is not None
         if recording.replay is None:
-            work = cache.static_layers[0].capacity * call.tokens.numel()
-            kind = (*call.tokens.shape, call.kept, work.bit_length())
+            kind = (*call.tokens.shape, call.kept, cache.static_layers[0].capacity)
             if kind not in self.warm:
                 self.warm.add(kind)
                 return self._launch(call, recording)
@@ -255,6 +256,7 @@ class DecodeStep:
         with torch.inference_mode(False), torch.no_grad(), call.cache.on_device():
             return self.forward(
                 input_ids=recording.tokens,
+                attention_mask=recording.mask,
                 position_ids=recording.positions,
                 past_key_values=call.cache,
                 use_cache=True,
@@ -298,11 +300,12 @@ def attach(model: Any, states: dict[int, LayerState]) -> None:
 
 def detach(model: nn.Module) -> None:
     """Undo ``attach``; whoever wrapped ``forward`` since keeps a step that lets all calls pass."""
-    step = vars(model).pop("squeeze_step", None)
-    if not isinstance(step, DecodeStep):
+    attributes = vars(model)
+    if "squeeze_step" not in attributes:
         return
+    step: DecodeStep = attributes.pop("squeeze_step")
     step.enabled = False
-    if vars(model).get("forward") is step:
+    if attributes.get("forward") is step:
         del model.forward
         if step.replaced is not None:
             model.forward = step.replaced

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import squeeze
 from squeeze.cache import StaticPackedCache
+from squeeze.cache.blocks import BlockStorage
 from squeeze.errors import UnsupportedError
 from tests import tiny
 from tests.cache_content import dequantized
@@ -209,3 +210,20 @@ def test_what_does_not_fit_is_refused() -> None:
         squeeze.static_cache(model, 0)
     with pytest.raises(UnsupportedError, match="packs no cache"):
         squeeze.static_cache(tiny.model("llama"), 50)
+
+
+def test_tables_of_addresses_stay_where_they_are_while_blocks_are_added() -> None:
+    storage = BlockStorage(addressed=True)
+    storage.grow(1, {"codes": torch.zeros(1, 2, 3)})
+    storage.reserve_addresses(40)
+    assert storage.addresses is not None
+    table = storage.addresses["codes"]
+    assert table.shape == (40,)
+    for blocks in range(2, 41):
+        storage.grow(blocks, storage.segments[0])
+        assert storage.addresses["codes"] is table
+        starts = [x["codes"].data_ptr() + i * 24 for x, _, n in storage.spans() for i in range(n)]
+        assert table[:blocks].tolist() == starts
+    storage.grow(41, storage.segments[0])
+    assert torch.equal(storage.addresses["codes"][:40], table)
+    assert copy.deepcopy(storage).reach == 40

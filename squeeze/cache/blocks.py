@@ -26,11 +26,13 @@ class BlockStorage:
         self.addressed, self.offload = addressed, offload
         self.segments: list[Tensors] = []
         self.addresses: Tensors | None = None
+        self.reach = 0  # slots that the tables of addresses have room for, so that they stay
         self.version = 0  # changes with the content
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockStorage:
         # Copied tensors lie elsewhere, and page-locked ones must stay so.
         made = BlockStorage(addressed=self.addressed, offload=self.offload)
+        made.reach = self.reach
         made.segments = [
             {name: self._empty(x, len(x)).copy_(x) for name, x in segment.items()}
             for segment in self.segments
@@ -130,14 +132,27 @@ class BlockStorage:
         pinned = like.is_cuda or like.is_pinned()
         return torch.empty(shape, dtype=like.dtype, device="cpu", pin_memory=pinned)
 
+    @torch.inference_mode(False)
     def _index(self, newest: int | None = None) -> None:
         """Tabulate where all blocks are, or add those of the ``newest`` segments."""
         if not self.addressed or self.offload or not self.segments:
             return
-        tables = addresses(self.segments[-newest:] if newest else self.segments)
-        if newest and self.addresses:
-            tables = {n: torch.cat([x, tables[n]]) for n, x in self.addresses.items()}
-        self.addresses = tables
+        held, last = self.addresses or {}, self.capacity
+        found = addresses(self.segments[-newest:] if newest and held else self.segments)
+        for name, table in found.items():
+            first, room = last - len(table), max(last, self.reach)
+            if name not in held or len(held[name]) < room:
+                grown = table.new_zeros(room)
+                grown[:first] = held[name][:first] if first else 0
+                held[name] = grown
+            held[name][first:last] = table
+        self.addresses = held
+
+    def reserve_addresses(self, blocks: int) -> None:
+        """Let the tables hold ``blocks`` slots, so that growing up to there moves none of them."""
+        if blocks > self.reach:
+            self.reach = blocks
+            self._index()
 
 
 def addresses(segments: Sequence[Tensors]) -> Tensors:

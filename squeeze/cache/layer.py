@@ -121,7 +121,7 @@ class PackedLayer(DynamicLayer):
             Output float32 ``[B, H, T_q, D]`` and its log-sum-exp float32 ``[B, H, T_q]``.
         """
         span = self._extend(keys, values, in_place=False)
-        result = self._read(query, span.keys, span.values, scaling, softcap)
+        result = self.read(query, span.keys, span.values, scaling, softcap)
         self._settle(span, (query, scaling, softcap))
         return result
 
@@ -141,7 +141,7 @@ class PackedLayer(DynamicLayer):
         span = self._extend(keys, values, in_place=True)
         self._settle(span, None if query is None else (query, scaling, softcap))
 
-    def _read(
+    def read(
         self,
         query: Tensor,
         exact_keys: Tensor,

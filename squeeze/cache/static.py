@@ -30,7 +30,7 @@ from squeeze.cache.packed import PackedCache, adopt
 from squeeze.cache.spec import LayerSpec
 from squeeze.errors import UnsupportedError
 
-# A cache without a maximum grows by this many tokens at least.
+# A cache without a maximum is made ready for this many tokens at least.
 BUCKET_TOKENS = 1024
 
 
@@ -46,12 +46,14 @@ class StaticPackedLayer(PackedLayer):
     def __init__(self, spec: LayerSpec, max_length: int | None, step_tokens: int = 1) -> None:
         self.max_length, self.step_tokens = max_length, step_tokens
         self.recorded_blocks: int | None = None  # set while a step is being recorded
+        self.reserved = 0  # tokens that a row may have before anything moves
         super().__init__(spec)
 
     def reset(self) -> None:
         """Forget the tokens; memory of fixed shape stays, and so does what was recorded."""
         if not self.is_initialized or self.max_length is None:
             super().reset()
+            self.reserved = 0
             return
         rows = len(self.blocks)
         self.total, self.pads = 0, [0] * rows
@@ -69,34 +71,40 @@ class StaticPackedLayer(PackedLayer):
     @torch.no_grad()
     def reserve(self, tokens: int) -> None:
         """Make room for rows of ``tokens`` tokens; what was recorded holds if nothing moved."""
-        spec, blocks = self.spec, self.spec.ready(tokens)
+        spec, blocks, self.reserved = self.spec, self.spec.ready(tokens), tokens
         self.exact.reserve(self.exact.whole)
         for side, storage, x in (
             (spec.keys, self.key_blocks, self.exact.keys),
             (spec.values, self.value_blocks, self.exact.values),
         ):
-            if storage.capacity >= blocks:
+            # Where blocks are found by their addresses, more of them may come while tables stay.
+            wanted = blocks
+            if self.max_length is None and storage.addressed:
+                storage.reserve_addresses(blocks)
+                wanted = 1
+            if storage.capacity >= wanted:
                 continue
             if storage.segments:
                 like = storage.segments[0]
             else:
                 block = x.new_zeros(1, 1, x.shape[1], spec.block_length, x.shape[3])
                 like = every_row(side.encode(block), x.shape[0])
-            storage.grow(blocks, like)
+            storage.grow(wanted, like)
 
     @property
     def capacity(self) -> int:
-        """Block slots of a row."""
-        if self.max_length is None:
-            return min(self.key_blocks.capacity, self.value_blocks.capacity)
-        return self.spec.ready(self.max_length)
+        """Block slots of a row, or how many can be addressed where these grow."""
+        if self.max_length is not None:
+            return self.spec.ready(self.max_length)
+        return self.key_blocks.reach or self.key_blocks.capacity
 
     def places(self) -> tuple[int, ...]:
         """Say where everything lies that a step reads or writes: a recorded one follows these."""
         exact, sides = self.exact, (self.key_blocks, self.value_blocks)
         tensors = [exact.keys, exact.values, exact.counts.device, self.block_counts.device]
         tensors += [table for side in sides for table in (side.addresses or {}).values()]
-        return (*(len(side.segments) for side in sides), *(x.data_ptr() for x in tensors))
+        read = [0 if side.addressed else len(side.segments) for side in sides]
+        return (self.capacity, *read, *(x.data_ptr() for x in tensors))
 
     @property
     def max_blocks(self) -> int:
@@ -134,7 +142,7 @@ class StaticPackedLayer(PackedLayer):
             return super().attend(query, keys, values, scaling, softcap)
         with torch.no_grad():
             self.exact.append(keys, values)
-            result = self._read(query, self.exact.keys, self.exact.values, scaling, softcap)
+            result = self.read(query, self.exact.keys, self.exact.values, scaling, softcap)
         if not recording:
             self.advance(steps)
         return result
@@ -234,8 +242,12 @@ class StaticPackedCache(PackedCache):
 
     def takes(self, steps: int) -> bool:
         """Say whether a step of so many tokens may be recorded, and no other is at the moment."""
-        first = self.static_layers[0]
-        return first.recorded_blocks is None and steps <= first.step_tokens
+        return not self.is_recording and steps <= self.static_layers[0].step_tokens
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether calls only work on the device now."""
+        return bool(self.layers) and self.static_layers[0].recorded_blocks is not None
 
     def reserve(self, tokens: int) -> None:
         """Make room for a call that makes the rows ``tokens`` long, and for those to come.
@@ -245,10 +257,7 @@ class StaticPackedCache(PackedCache):
         """
         for layer in self.static_layers:
             layer.check_room(tokens - layer.total)
-            if layer.max_length is None and (
-                layer.capacity < layer.spec.ready(tokens)
-                or layer.exact.keys.shape[2] < layer.exact.whole
-            ):
+            if layer.max_length is None and tokens > layer.reserved:
                 layer.reserve(bucket(tokens))
 
     def places(self) -> tuple[tuple[int, ...], ...]:
@@ -267,9 +276,8 @@ class StaticPackedCache(PackedCache):
 
 
 def bucket(tokens: int) -> int:
-    """Round a length up to what is reserved for it: at most 1024 or a 32nd of it more."""
-    grain = max(BUCKET_TOKENS, 2 ** (tokens.bit_length() - 6))
-    return -(-tokens // grain) * grain
+    """Round a length up to what is reserved for it: a power of two."""
+    return max(BUCKET_TOKENS, 1 << (tokens - 1).bit_length())
 
 
 def refusal(cache: PackedCache) -> str | None:
@@ -290,7 +298,8 @@ def make_recordable(cache: PackedCache, step_tokens: int) -> StaticPackedCache:
         for layer in cache.packed_layers:
             layer.__class__ = StaticPackedLayer
             static = cast(StaticPackedLayer, layer)
-            static.max_length, static.step_tokens, static.recorded_blocks = None, step_tokens, None
+            static.max_length, static.step_tokens = None, step_tokens
+            static.recorded_blocks, static.reserved = None, 0
             static.exact.whole = static.spec.exact_slots - 1 + step_tokens
         cache.__class__ = StaticPackedCache
         cast(StaticPackedCache, cache).recordings = Recordings()

@@ -11,6 +11,10 @@ from squeeze.cli import _options as options
 ROWS = (
     ("time to first token, s", "prefill_seconds", 1.0, ".3f"),
     ("decode, ms per token", "decode_ms_per_token", 1.0, ".2f"),
+    ("  of it weights, %", "weights_share", 100.0, ".0f"),
+    ("  of it attention, %", "attention_share", 100.0, ".0f"),
+    ("  of it other kernels, %", "other_share", 100.0, ".0f"),
+    ("  of it launching, %", "launch_share", 100.0, ".0f"),
     ("KV cache, MB", "kv_bytes", 1e-6, ".2f"),
     ("weights, MB", "weight_bytes", 1e-6, ".2f"),
     ("peak memory, MB", "peak_bytes", 1e-6, ".1f"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from squeeze.errors import RecipeError
 from squeeze.evaluation.memory import kv_bytes, peak_bytes, reset_peak
 from squeeze.evaluation.scoring import forward, max_positions, scoring
+from squeeze.evaluation.step_shares import PARTS, shares, step_shares
 
 
 class _Clock:
@@ -62,7 +63,9 @@ def latency(
     Returns:
         ``prefill_seconds`` and ``decode_ms_per_token`` (medians; a token of each prompt in the
         batch per step), ``kv_bytes`` (of the cache at the end), ``peak_bytes`` (CUDA only, else
-        ``None``), and the conditions: the arguments, ``device``, ``dtype``, ``threads``.
+        ``None``), ``weights_share``, ``attention_share``, ``other_share`` and ``launch_share`` of a
+        decode step (the last ``None`` where it cannot be told from other), and the conditions: the
+        arguments, ``device``, ``dtype``, ``threads``.
 
     Raises:
         RecipeError: prompt and steps pass the model's maximum length, or a count is below one.
@@ -79,14 +82,19 @@ def latency(
         _round(model, prompt, decode_tokens)
         reset_peak(device)
         for _ in range(repeats):
-            seconds, held = _round(model, prompt, decode_tokens)
+            cache = None  # before the next one is made
+            seconds, cache = _round(model, prompt, decode_tokens)
             prefill.append(seconds[0])
             decode += seconds[1:]
+        held, peak = kv_bytes(cache), peak_bytes(device)
+        step_ms = 1000 * statistics.median(decode)
+        parts = shares(step_ms, step_shares(model, cache, prompt[:, -1:]))
     return {
         "prefill_seconds": statistics.median(prefill),
-        "decode_ms_per_token": 1000 * statistics.median(decode),
+        "decode_ms_per_token": step_ms,
+        **{f"{part}_share": parts.get(part) for part in PARTS},
         "kv_bytes": held,
-        "peak_bytes": peak_bytes(device),
+        "peak_bytes": peak,
         "prompt_tokens": prompt_tokens,
         "decode_tokens": decode_tokens,
         "batch_size": batch_size,
@@ -97,8 +105,8 @@ def latency(
     }
 
 
-def _round(model: Any, prompt: Tensor, decode_tokens: int) -> tuple[list[float], int]:
-    """Prefill, then decode; return the seconds of each and the bytes of the cache."""
+def _round(model: Any, prompt: Tensor, decode_tokens: int) -> tuple[list[float], Any]:
+    """Prefill, then decode; return the seconds of each and the cache."""
     clock = _Clock(prompt.device)
     clock.mark()
     output = forward(model, prompt, keep=1, use_cache=True)
@@ -109,7 +117,7 @@ def _round(model: Any, prompt: Tensor, decode_tokens: int) -> tuple[list[float],
         output = forward(model, token, keep=1, use_cache=True, past_key_values=cache)
         token = output.logits[:, -1:].argmax(-1)
         clock.mark()
-    return clock.seconds(), kv_bytes(output.past_key_values)
+    return clock.seconds(), output.past_key_values
 
 
 def _check(

@@ -276,7 +276,7 @@ def only(artifacts: Artifacts, part: str, layer: int) -> Artifacts | None:
 def _bits(artifacts: Artifacts) -> float:
     plan = artifacts.plan
     if plan.weights:
-        count = sum(row.shape[0] * row.shape[1] for row in plan.weights)
+        count = sum(row.values for row in plan.weights)
         return 8 * sum(row.bytes_after for row in plan.weights) / count
     row = next(row for row in plan.kv_cache if row.keys)
     return (row.key_bits + row.value_bits) / 2

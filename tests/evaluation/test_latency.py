@@ -23,9 +23,13 @@ def test_units_and_medians_are_right(pico, monkeypatch):
         times += [start, start + prefill, start + prefill + 0.25, start + prefill + 0.5]
     ticks = iter(times)
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
+    parts = {"weights_ms": 50.0, "attention_ms": 25.0, "kernels_ms": None}
+    monkeypatch.setattr(module, "step_shares", lambda *arguments: parts)
     result = module.latency(pico, prompt_tokens=4, decode_tokens=2, repeats=3)
     assert result["prefill_seconds"] == pytest.approx(3.0)
     assert result["decode_ms_per_token"] == pytest.approx(250.0)
+    names = ("weights_share", "attention_share", "other_share", "launch_share")
+    assert [result[name] for name in names] == [pytest.approx(x) for x in (0.2, 0.1, 0.7)] + [None]
 
 
 def test_impossible_counts_are_refused(pico):

@@ -59,7 +59,8 @@ def decode_attention(
         softcap: Bound of the scores, or ``None``.
         split_output: Return the packed and the exact contribution unmerged.
         max_blocks: An upper bound of ``block_counts`` known to the caller, which saves launching
-            for slots that are reserved and empty. Default: all slots of the segments.
+            for slots that are reserved and empty. Default: all slots of the segments, or of tables
+            of addresses, which may have room for more.
     Returns:
         ``(output, lse)``, or with ``split_output`` ``(packed_output, exact_output, lse)``, whose
         outputs add up to ``output``. Outputs ``[B, H, T_q, D]`` and natural-log ``lse``
@@ -71,7 +72,7 @@ def decode_attention(
     """
     _check_shapes(query, packed_query, shift, exact_keys, exact_values)
     _check_blocks(keys, values, query.shape[0])
-    slots = 0 if keys is None else sum(_blocks_in(segment) for segment in keys.segments)
+    slots = 0 if keys is None else _slots(keys)
     count = slots if max_blocks is None else min(max_blocks, slots)
     if not count:
         keys = values = None
@@ -135,6 +136,13 @@ def require_triton(device: torch.device, *formats: object) -> None:
                 "formats with a file in squeeze/kernels/decode_attention/tiles",
                 "Use implementation: reference",
             )
+
+
+def _slots(blocks: PackedBlocks) -> int:
+    """Number of block slots that can be addressed."""
+    if blocks.addresses:
+        return len(next(iter(blocks.addresses.values())))
+    return sum(map(_blocks_in, blocks.segments))
 
 
 def _blocks_in(segment: dict[str, Tensor]) -> int:
