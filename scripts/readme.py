@@ -21,8 +21,9 @@ CATALOGUE = ROOT / "docs" / "methods.md"
 TITLES = {
     "kv": "KV-cache formats",
     "transform": "Exact transforms of keys and values",
-    "weights": "Weight clustering",
+    "weights": "Weights",
     "prefill": "Sparse prefill",
+    "activations": "Sparse activations",
 }
 
 

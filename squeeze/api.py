@@ -19,6 +19,7 @@ from squeeze import recipe as recipe_module
 from squeeze.cache_hook import static_cache
 from squeeze.calibrate import Stats, calibrate
 from squeeze.compress import compress
+from squeeze.distill import distill, sequences
 from squeeze.errors import CheckpointError, RecipeError, nearest
 from squeeze.evaluation import check_tasks, evaluate
 from squeeze.evaluation.inspection import PARTS, Sensitivity, inspect_layers
@@ -31,7 +32,11 @@ from squeeze.evaluation.suite import (
     layer_costs,
     measure,
     prefill_density,
+    unread_text,
 )
+from squeeze.evaluation.weight_bits import choose_weights
+from squeeze.expert_fit import note_unrouted
+from squeeze.export_compressed import export_compressed_tensors
 from squeeze.key_biases import find_huge
 from squeeze.loading import load_model, load_tokenizer
 from squeeze.model_info import ModelInfo, describe, locate
@@ -40,6 +45,7 @@ from squeeze.prompt import load_prompt, save_prompt
 from squeeze.recipe import Recipe
 from squeeze.report import Report
 from squeeze.swapping import Artifacts, Swap, swap
+from squeeze.types import StoredWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -167,7 +173,8 @@ def run(
     device = resolve_device(device)
     info = describe(model, trust_remote_code, dtype)
     made = make_plan(parsed, info, device=device)
-    needs_text = bool(made.statistics) or evaluate or target is not None or not given
+    needs_text = bool(made.statistics) or sequences(made) > 0
+    needs_text = needs_text or evaluate or target is not None or not given
     if tokenizer is None and needs_text:
         tokenizer = load_tokenizer(info.source if given else model, trust_remote_code)  # type: ignore[arg-type]
     loaded: Any = model
@@ -177,10 +184,16 @@ def run(
         info = replace(info, key_biases=find_huge(loaded, info.attention))
         made = make_plan(parsed, info, device=device)
     with _work_folder(target, parsed, info, made) as work:
-        made, stats = _calibrate(loaded, tokenizer, parsed, made, work, progress)
+        made, stats, fitted = _calibrate(loaded, tokenizer, parsed, made, work, progress)
         artifacts = compress(
-            loaded, made, stats, folder=work and work / "weights", progress=progress
+            loaded,
+            made,
+            stats,
+            folder=work and work / "weights",
+            progress=progress,
+            fitted=fitted,
         )
+        artifacts = _distill(loaded, tokenizer, parsed, artifacts, work, progress)
         dense, costs = None, []
         if evaluate:
             dense = measure(
@@ -290,13 +303,18 @@ def fingerprint(info: ModelInfo) -> list[Any]:
 
 def _calibrate(
     model: Any, tokenizer: Any, recipe: Recipe, made: Plan, work: Path | None, progress: Any
-) -> tuple[Plan, Stats | None]:
-    """Measure what the plan's methods ask for, and settle what the recipe left open."""
+) -> tuple[Plan, Stats | None, dict[str, StoredWeight]]:
+    """Measure what the plan's methods ask for, and settle what the recipe left open.
+
+    Settling weights fits them; these come back too.
+    """
     folder, stats = work and work / "statistics", None
     needed = set(made.statistics) - {KV_LOSS}
     if needed:
         tokens = calibration_tokens(tokenizer, recipe.calibration).to(model.device)
-        stats = calibrate(model, tokens, needed, folder=folder, progress=progress)
+        experts = any(row.experts for row in made.weights)
+        stats = calibrate(model, tokens, needed, folder=folder, progress=progress, experts=experts)
+        made = note_unrouted(made, stats)
     if made.allocation is not None:
         made, stats = measure_and_allocate(
             model,
@@ -308,7 +326,37 @@ def _calibrate(
             folder=folder,
             progress=progress,
         )
-    return made, stats
+    fitted: dict[str, StoredWeight] = {}
+    if made.weight_allocation is not None and stats is not None:
+        made, stats, fitted = choose_weights(
+            model,
+            tokenizer,
+            made,
+            stats,
+            unread_text(recipe.calibration),
+            seed=recipe.calibration.seed,
+            folder=work and work / "candidates",
+            progress=progress,
+        )
+    return made, stats, fitted
+
+
+def _distill(
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    artifacts: Artifacts,
+    work: Path | None,
+    progress: Any,
+) -> Artifacts:
+    """Train the weights whose methods ask for it, on other excerpts of the calibration text."""
+    count = sequences(artifacts.plan)
+    if not count:
+        return artifacts
+    changes = {"samples": count, "seed": recipe.calibration.seed + 1}
+    tokens = calibration_tokens(tokenizer, recipe.calibration.model_copy(update=changes))
+    folder = work and work / "distill"
+    return distill(model, artifacts, tokens, folder=folder, progress=progress)
 
 
 def _mean(rows: list[list[float]]) -> float:
@@ -401,7 +449,7 @@ def export(
     else:
         model = load(folder, device="cpu")
         artifacts = export_module.artifacts_of(folder)
-        export_module.export_compressed_tensors(model, artifacts, work, load_tokenizer(folder))
+        export_compressed_tensors(model, artifacts, work, load_tokenizer(folder))
     facts = {k: v for k, v in manifest.items() if k not in ("files", "format_version")}
     if format == "squeeze":
         export_module.write_manifest(work, facts)

@@ -21,11 +21,23 @@ from torch.nn import functional
 from transformers import AttentionInterface, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from squeeze import atomic
+from squeeze import atomic, magnitudes, mixer
 from squeeze.errors import CheckpointError, UnsupportedError
+from squeeze.fused import unfuse
 from squeeze.model_info import describe
 
-STATISTICS = ("fisher", "key_mean", "kv_importance", "kv_samples")
+STATISTICS = (
+    "fisher",
+    "guided_hessian",
+    "hessian",
+    "input_importance",
+    "key_mean",
+    "kv_importance",
+    "kv_samples",
+    "mixer_magnitudes",
+    "output_hessian",
+)
+BACKWARD = {"fisher", "guided_hessian", "output_hessian"}  # need the loss's gradient
 SAMPLED_TOKENS = 8192  # of every layer, over all samples
 OBSERVED = "squeeze_observed"  # our attention function that shows its queries
 GROUP = 4  # samples carried through a layer together, and between two saves
@@ -40,8 +52,11 @@ class Stats:
 
     Attributes:
         tensors: By statistic, then by module name: ``fisher`` float32 ``[out, in]`` of linear
-            layers; of attention modules ``key_mean`` float32 ``[H_kv, D]``, ``kv_samples`` float16
-            ``[2, H_kv, N, D]`` and ``kv_importance`` float32 ``[2, H_kv, D]``, keys first.
+            layers, as are ``hessian`` ``[in, in]``, ``guided_hessian`` ``[1, in, in]`` and
+            ``output_hessian`` ``[out, out]``; of attention modules ``key_mean`` float32
+            ``[H_kv, D]``, ``kv_samples`` float16 ``[2, H_kv, N, D]`` and ``kv_importance`` float32
+            ``[2, H_kv, D]``, keys first; histograms int64, ``input_importance`` ``[BINS]`` of
+            linear layers and ``mixer_magnitudes`` ``[points, BINS]`` of Mamba mixers.
         samples: Sequences that were read.
         tokens: Tokens that were read, over all sequences.
     """
@@ -90,6 +105,7 @@ def calibrate(
     *,
     folder: Path | None = None,
     progress: Progress | None = None,
+    experts: bool = False,
 ) -> Stats:
     """Run calibration text through the model and collect the statistics.
 
@@ -98,7 +114,12 @@ def calibrate(
     devices it has the model's dtype. Accumulators are float32 on the CPU.
 
     ``fisher`` is, per linear layer of a decoder layer, the squared gradient of the summed
-    next-token loss with respect to the weight, averaged over samples. ``key_mean`` is the mean over
+    next-token loss with respect to the weight, averaged over samples. Of such a layer with inputs x
+    and outputs whose gradient is g, ``hessian`` is the mean over tokens of ``x x^T``,
+    ``guided_hessian`` that of ``x x^T`` times the mean square of g over outputs, and
+    ``output_hessian`` that of ``g g^T``. ``input_importance`` counts the magnitudes of the inputs,
+    each times the norm of the weight's column that it meets, and ``mixer_magnitudes`` those of
+    every activation of a Mamba mixer. ``key_mean`` is the mean over
     tokens of the keys that attention sees, after RoPE. ``kv_samples`` are the keys and values of
     evenly spaced tokens, 8192 over all samples (rounded up to the same number in each, or all there
     are), the samples spread over the positions that the model has. ``kv_importance`` is what an
@@ -112,6 +133,8 @@ def calibrate(
         folder: Where to save progress after every few samples. A killed run with the same folder,
             model and tokens resumes there and gives the same bits.
         progress: Called as ``progress("calibrate", samples done, samples)``.
+        experts: Measure the fused experts of mixtures too, each as a linear layer over the tokens
+            routed to it, named ``<parameter>.<number>``; missing where there were none.
     Returns:
         The statistics, on the CPU.
     Raises:
@@ -121,8 +144,11 @@ def calibrate(
     Cost: the model, one more layer with its activations, the layer inputs of a few samples
         (4 N_layers T hidden values), and the statistics.
     Source: the squared gradients of S. Kim et al. 2023, SqueezeLLM,
-        https://arxiv.org/abs/2306.07629, section 4.1.
-    Differs: gradients are recomputed layer by layer from saved layer inputs.
+        https://arxiv.org/abs/2306.07629, section 4.1; the guided Hessian of J. Kim et al. 2025,
+        GuidedQuant, https://arxiv.org/abs/2505.07004, section 3.2; the moment of output gradients
+        of A. Tseng et al. 2025, YAQA, https://arxiv.org/abs/2505.22988.
+    Differs: gradients are recomputed layer by layer from saved layer inputs; one guided Hessian
+        serves all rows of a layer.
     """
     unknown = statistics - set(STATISTICS)
     if unknown:
@@ -131,7 +157,7 @@ def calibrate(
         raise ValueError(f"tokens must be [N, T] with T > 1, got {tuple(tokens.shape)}")
     if not statistics:
         return Stats({}, 0, 0)
-    run = _Run(model, tokens, statistics)
+    run = _Run(model, tokens, statistics, experts)
     done = run.resume(folder) if folder else 0
     training = model.training
     model.eval()
@@ -202,8 +228,10 @@ class _Seen(DynamicCache):
 class _Run:
     """Accumulators of one calibration, and the passes that feed them."""
 
-    def __init__(self, model: nn.Module, tokens: Tensor, statistics: set[str]) -> None:
-        self.model, self.tokens = model, tokens
+    def __init__(
+        self, model: nn.Module, tokens: Tensor, statistics: set[str], experts: bool
+    ) -> None:
+        self.model, self.tokens, self.experts = model, tokens, experts
         self.path, self.layers = _decoder_layers(model)
         self.attention = {info.layer: info.module for info in describe(model).attention}  # type: ignore[arg-type]
         self.sums: dict[str, dict[str, Tensor]] = {name: {} for name in sorted(statistics)}
@@ -215,19 +243,41 @@ class _Run:
         calls = [self._record(sample, i, keys) for i, sample in enumerate(tokens, first)]
         inputs = [[_widen(call[0].hidden) for call in calls]]
         for index, layer in enumerate(self.layers):
-            runner = _copy(layer)
+            runner = self._copy(layer)
             if "kv_importance" in self.sums:
                 self._watch(runner)
+            seen: dict[str, Tensor] = {}
+            if "hessian" in self.sums:
+                _observe_inputs(runner, seen)
+            counts: dict[str, Tensor] = {}
+            if "input_importance" in self.sums:
+                _count_inputs(runner, counts)
+            observers = _observe_mixers(runner) if "mixer_magnitudes" in self.sums else {}
             with torch.no_grad():
                 pairs = zip(inputs[-1], calls, strict=True)
                 inputs.append([call[index].run(runner, hidden) for hidden, call in pairs])
+            self._collect("hessian", index, seen)
+            self._collect("input_importance", index, counts)
+            self._collect("mixer_magnitudes", index, {n: o.counts for n, o in observers.items()})
         keys.active = False
         for index, total in keys.sums.items() if "key_mean" in self.sums else ():
             _add(self.sums["key_mean"], self.attention[index], total.cpu())
         for index, parts in keys.samples.items():
             self._append("kv_samples", self.attention[index], torch.cat(parts, dim=2))
-        if "fisher" in self.sums:
+        if BACKWARD & self.sums.keys():
             self._backward(tokens, inputs, calls)
+
+    def _copy(self, layer: nn.Module) -> nn.Module:
+        """Copy one layer, with its experts as linear layers where they are to be measured."""
+        runner = _copy(layer)
+        if self.experts:
+            unfuse(runner)
+        return runner
+
+    def _collect(self, statistic: str, index: int, seen: dict[str, Tensor]) -> None:
+        """Add what a few samples gave of one layer's linear modules, by name inside the layer."""
+        for name, total in seen.items():
+            _add(self.sums[statistic], f"{self.path}.{index}.{name}", total.cpu())
 
     def _positions(self, index: int) -> dict[str, Tensor]:
         """Spread the samples over all positions: RoPE takes keys elsewhere late in a context.
@@ -290,8 +340,9 @@ class _Run:
             with _replaced(self.layers, stand_in), torch.no_grad():
                 self.model(
                     sample[None].to(self.device),
-                    past_key_values=cache,
-                    use_cache=True,
+                    # A state that the first pass leaves behind would start the second.
+                    **({"past_key_values": cache} if self.attention else {}),
+                    use_cache=bool(self.attention),
                     **self._positions(index),
                 )
         except _Recorded:
@@ -305,10 +356,14 @@ class _Run:
         pairs = zip(tokens, inputs.pop(), strict=True)
         grads = [self._loss_grad(sample, hidden) for sample, hidden in pairs]
         for index in reversed(range(len(self.layers))):
-            runner = _copy(self.layers[index])
-            linears = {n: m for n, m in runner.named_modules() if isinstance(m, nn.Linear)}
+            runner = self._copy(self.layers[index])
+            linears = _linears(runner) if "fisher" in self.sums else {}
             for linear in linears.values():
                 linear.weight.requires_grad_(True)
+            seen: dict[str, dict[str, Tensor]] = {
+                name: {} for name in ("guided_hessian", "output_hessian") if name in self.sums
+            }
+            _observe_gradients(runner, seen)
             for sample, source in enumerate(inputs.pop()):
                 hidden = source.detach().requires_grad_(True)
                 calls[sample][index].run(runner, hidden).backward(grads[sample])
@@ -319,6 +374,8 @@ class _Run:
                         square = linear.weight.grad.float().square().cpu()
                         _add(self.sums["fisher"], f"{self.path}.{index}.{name}", square)
                         linear.weight.grad = None
+            for statistic, sums in seen.items():
+                self._collect(statistic, index, sums)
 
     def _loss_grad(self, sample: Tensor, hidden: Tensor) -> Tensor:
         """Gradient of the summed next-token loss with respect to the last layer's output."""
@@ -337,7 +394,8 @@ class _Run:
     def fingerprint(self) -> str:
         """Tell runs apart that must not continue one another."""
         digest = hashlib.sha256(self.tokens.cpu().numpy().tobytes())
-        digest.update(repr((sorted(self.sums), GROUP, tuple(self.tokens.shape))).encode())
+        asked = (sorted(self.sums), GROUP, tuple(self.tokens.shape), self.experts)
+        digest.update(repr(asked).encode())
         for name, parameter in self.model.named_parameters():
             total = parameter.detach().double().sum().item()
             digest.update(repr((name, tuple(parameter.shape), total)).encode())
@@ -366,14 +424,73 @@ class _Run:
         """Turn sums into means."""
         samples, count = len(self.tokens), self.tokens.numel()
         divisor = {"fisher": samples, "key_mean": count, "kv_importance": count}
+        divisor |= dict.fromkeys(("hessian", "guided_hessian", "output_hessian"), count)
         means = {
             statistic: {name: (total / divisor[statistic]).float() for name, total in sums.items()}
             for statistic, sums in self.sums.items()
             if statistic in divisor
         }
-        if "kv_samples" in self.sums:
-            means["kv_samples"] = self.sums["kv_samples"]
+        for statistic in {"kv_samples", "input_importance", "mixer_magnitudes"} & self.sums.keys():
+            means[statistic] = self.sums[statistic]
         return Stats(means, samples, count)
+
+
+def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
+    """Find the linear modules of a layer by name."""
+    return {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+
+
+def _observe_inputs(layer: nn.Module, sums: dict[str, Tensor]) -> None:
+    """Sum ``x x^T`` over the tokens that each linear module of a copied layer will read."""
+
+    def observe(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().flatten(0, -2).float()
+        _add(sums, name, x.T @ x)
+
+    for name, linear in _linears(layer).items():
+        linear.register_forward_pre_hook(functools.partial(observe, name))
+
+
+def _count_inputs(layer: nn.Module, sums: dict[str, Tensor]) -> None:
+    """Count the magnitudes of inputs times column norms, ``[BINS]`` for each linear module."""
+
+    def observe(name: str, norms: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        _add(sums, name, magnitudes.count(args[0] * norms))
+
+    for name, linear in _linears(layer).items():
+        norms = linear.weight.detach().float().norm(dim=0)
+        linear.register_forward_pre_hook(functools.partial(observe, name, norms))
+
+
+def _observe_mixers(layer: nn.Module) -> dict[str, mixer.Observer]:
+    """Let the mixers of a copied layer count what they compute."""
+    found = {name: mixer.Observer() for name, m in layer.named_modules() if mixer.is_known(m)}
+    for name, observer in found.items():
+        mixer.attach(layer.get_submodule(name), observer)
+    return found
+
+
+def _observe_gradients(layer: nn.Module, sums: dict[str, dict[str, Tensor]]) -> None:
+    """Sum products of inputs and output gradients during the backward passes of a copied layer.
+
+    ``guided_hessian`` sums ``mean(g^2) x x^T``, ``[1, in, in]``; ``output_hessian`` sums
+    ``g g^T``, ``[out, out]``.
+    """
+
+    def gradient(name: str, x: Tensor, grad: Tensor) -> None:
+        g = grad.flatten(0, -2).float()
+        if "guided_hessian" in sums:
+            y = x.flatten(0, -2).float() * g.square().mean(1, keepdim=True).sqrt()
+            _add(sums["guided_hessian"], name, (y.T @ y)[None])
+        if "output_hessian" in sums:
+            _add(sums["output_hessian"], name, g.T @ g)
+
+    def observe(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(functools.partial(gradient, name, args[0].detach()))
+
+    for name, linear in _linears(layer).items() if sums else ():
+        linear.register_forward_hook(functools.partial(observe, name))
 
 
 def _observed(
@@ -430,6 +547,8 @@ def _replaced(layers: list[nn.Module], forward: Callable[..., Tensor]) -> Iterat
 def _copy(layer: nn.Module) -> nn.Module:
     """Copy one layer without gradients, in the dtype to compute in."""
     runner = copy.deepcopy(layer).requires_grad_(False)
+    for module in [m for m in runner.modules() if mixer.is_known(m)]:
+        mixer.attach(module, mixer.MixerState())  # calls every linear layer, so that hooks see it
     return runner.float() if next(runner.parameters()).device.type == "cpu" else runner
 
 

@@ -12,13 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from squeeze import atomic, registry
+from squeeze import atomic, mixer, registry
 from squeeze.attention import table_name
 from squeeze.calibrate import Stats
+from squeeze.expert_fit import fit_experts
 from squeeze.folding import FOLDED, exponents, folded_tables, scaled
-from squeeze.plan import Plan, WeightPlan
+from squeeze.plan import Plan, WeightPlan, build_method
+from squeeze.scaling import exponents_of, parameter_scales
 from squeeze.swapping import Artifacts, chain
-from squeeze.types import ClusteredWeight, Tensors
+from squeeze.types import ExpertWeights, PackedWeight, StoredWeight, Tensors
 
 
 @torch.no_grad()
@@ -29,6 +31,7 @@ def compress(
     *,
     folder: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    fitted: Mapping[str, StoredWeight] | None = None,
 ) -> Artifacts:
     """Fit what the plan names, one module at a time.
 
@@ -38,16 +41,29 @@ def compress(
         stats: Holds every statistic that ``plan.statistics`` names; may be ``None`` if none.
         folder: Finished modules are saved here and found again by a resumed run.
         progress: Called as ``progress("compress", done, total)``.
+        fitted: Modules that were fitted as the plan says already.
 
     Returns:
         Artifacts on the CPU.
     """
     tables = _tables(plan, stats, next(model.parameters()).device)
-    folds, weights = exponents(model, folded_tables(tables)), {}
+    tables |= _mixer_tables(plan, stats)
+    tables |= _thresholds(model, plan, stats)
+    rotated = {row.rotates for row in plan.mixers}
+    paths = {r.module: folder and folder / f"{r.module}.safetensors" for r in plan.weights}
+    weights = dict(fitted or {})
+    left = [row for row in plan.weights if row.module not in weights]
+    found = {row.module: _resume(paths[row.module], row) for row in left}
+    weights |= {module: weight for module, weight in found.items() if weight is not None}
+    folds = exponents(model, folded_tables(tables))
+    scales = _input_exponents(model, plan, stats, folds, exponents_of(weights))
+    rows = parameter_scales(model, plan.weights, scales)
+    folds |= {name: exponent for name, (exponent, dim) in rows.items() if dim == 0}
     for done, row in enumerate(plan.weights):
-        path = folder / f"{row.module}.safetensors" if folder else None
-        fold = folds.get(f"{row.module}.weight")
-        weights[row.module] = _resume(path, row) or _fit(model, row, stats, path, fold)
+        if row.module not in weights:
+            fold, columns = folds.get(f"{row.module}.weight"), scales.get(row.module)
+            turned = row.module in rotated
+            weights[row.module] = _fit(model, row, stats, paths[row.module], fold, columns, turned)
         if progress:
             progress("compress", done + 1, len(plan.weights))
     return Artifacts(plan, weights, tables)
@@ -55,9 +71,15 @@ def compress(
 
 def weight_method(row: WeightPlan) -> Any:
     """Build the method of one row of the plan."""
-    return registry.get("weights", row.method["method"])(
-        **{key: value for key, value in row.method.items() if key != "method"}
-    )
+    return build_method(row.method)
+
+
+def row_exponents(model: nn.Module, artifacts: Artifacts) -> Tensors:
+    """Say by which powers of two the rows of weights were multiplied before they were fitted."""
+    folds = exponents(model, folded_tables(artifacts.tables))
+    scales = exponents_of(artifacts.weights)
+    rows = parameter_scales(model, artifacts.plan.weights, scales)
+    return folds | {name: exponent for name, (exponent, dim) in rows.items() if dim == 0}
 
 
 def _fit(
@@ -66,46 +88,90 @@ def _fit(
     stats: Stats | None,
     path: Path | None,
     fold: Tensor | None,
-) -> ClusteredWeight:
+    columns: Tensor | None,
+    turned: bool,
+) -> StoredWeight:
     method = weight_method(row)
+    if row.experts:
+        return _keep(row, fit_experts(model, row, method, stats), path)
     module: Any = model.get_submodule(row.module)
     weight = module.weight.detach().float()
-    importance = None
-    for name in method.statistics:
-        assert stats is not None
-        importance = stats.tensors[name][row.module].to(weight.device)
+    measured = stats.tensors if stats else {}
+    needed = {name: measured[name][row.module].to(weight.device) for name in method.statistics}
     if fold is not None:
         # The module will hold scaled rows, whose errors count by the square of the inverse.
         weight = scaled(weight, fold)
-        importance = None if importance is None else scaled(importance, -2 * fold)
-    fitted: ClusteredWeight = method.fit(weight, importance)
-    tensors = {"indices": fitted.indices.cpu(), "codebook": fitted.codebook.cpu()}
-    if fitted.scale is not None:
-        tensors["scale"] = fitted.scale.cpu()
+        if "fisher" in needed:
+            needed["fisher"] = scaled(needed["fisher"], -2 * fold)
+        if "output_hessian" in needed:
+            needed["output_hessian"] = scaled(scaled(needed["output_hessian"], -fold).mT, -fold)
+    if turned:
+        weight = mixer.rotate(weight)
+    if columns is not None:
+        needed["exponents"] = columns.to(weight.device)
+    fitted: PackedWeight = method.fit(weight, needed)
+    return _keep(row, fitted, path)
+
+
+def _keep(row: WeightPlan, fitted: StoredWeight, path: Path | None) -> StoredWeight:
+    """Bring a fitted weight to the CPU, and write it where a resumed run will find it."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in fitted.tensors().items()}
     if path is not None:
         with atomic.replacing(path) as draft:
             save_file(tensors, draft)
-    return assemble(method, row, tensors)
+    return assemble(row, tensors)
 
 
-def _resume(path: Path | None, row: WeightPlan) -> ClusteredWeight | None:
+def _input_exponents(
+    model: nn.Module, plan: Plan, stats: Stats | None, folds: Tensors, known: Tensors
+) -> Tensors:
+    """Search the input scales of modules whose methods have such, those of a producer together."""
+    groups: dict[str, list[WeightPlan]] = {}
+    for row in plan.weights:
+        if getattr(weight_method(row), "scales_inputs", False) and not row.experts:
+            groups.setdefault(row.producer or row.module, []).append(row)
+    result: Tensors = {}
+    for rows in groups.values():
+        found = next((known[row.module] for row in rows if row.module in known), None)
+        if found is None:
+            assert stats is not None
+            weights = []
+            for row in rows:
+                module: Any = model.get_submodule(row.module)
+                weight, fold = module.weight.detach().float(), folds.get(f"{row.module}.weight")
+                weights.append(weight if fold is None else scaled(weight, fold))
+            hessian = stats.tensors["hessian"][rows[0].module].to(weights[0].device)
+            found = weight_method(rows[0]).input_exponents(weights, hessian)
+        result |= {row.module: found.cpu().clone() for row in rows}  # each stores its own
+    return result
+
+
+def _resume(path: Path | None, row: WeightPlan) -> StoredWeight | None:
     if path is None or not path.is_file():
         return None
     try:
-        return assemble(weight_method(row), row, load_file(path))
+        return assemble(row, load_file(path))
     except (SafetensorError, KeyError):
         return None  # written by a run that was killed before the rename was durable
 
 
-def assemble(method: Any, row: WeightPlan, tensors: Mapping[str, Tensor]) -> ClusteredWeight:
-    """Put stored tensors back into the clustered weight that one row of the plan describes."""
-    empty: ClusteredWeight = method.empty(*row.shape, torch.device("meta"))
-    return replace(
-        empty,
-        indices=tensors["indices"],
-        codebook=tensors["codebook"],
-        scale=tensors.get("scale"),
-    )
+def empty_weight(row: WeightPlan, device: torch.device) -> StoredWeight:
+    """Allocate the packed weight that one row of the plan describes, with undefined contents."""
+    empty: PackedWeight = weight_method(row).empty(*row.shape, device)
+    if row.experts:
+        stacks = {n: t.new_empty(row.experts, *t.shape) for n, t in empty.tensors().items()}
+        return ExpertWeights(empty.with_tensors(stacks))
+    return replace(empty, folded=True) if row.producer else empty  # type: ignore[arg-type]
+
+
+def assemble(row: WeightPlan, tensors: Mapping[str, Tensor]) -> StoredWeight:
+    """Put stored tensors back into the packed weight that one row of the plan describes.
+
+    Raises:
+        KeyError: one of its tensors is missing.
+    """
+    empty = empty_weight(row, torch.device("meta"))
+    return empty.with_tensors({name: tensors[name] for name in empty.tensors()})
 
 
 def _tables(plan: Plan, stats: Stats | None, device: torch.device) -> Tensors:
@@ -121,6 +187,34 @@ def _tables(plan: Plan, stats: Stats | None, device: torch.device) -> Tensors:
                 for name, table in fitted.items():
                     full = f"{row.module}.squeeze.{table_name(side, stage, name)}"
                     tables[full] = table.detach().cpu().contiguous()
+    return tables
+
+
+def _mixer_tables(plan: Plan, stats: Stats | None) -> Tensors:
+    """Choose the activation scales of every mixer: dotted buffer name to float32 ``[1]``."""
+    tables: Tensors = {}
+    for row in plan.mixers:
+        if row.method is None:
+            continue
+        assert stats is not None
+        method = build_method(row.method)
+        (name,) = method.mixer_statistics
+        scales = method.fit_mixer(mixer.by_point(stats.tensors[name][row.module]))
+        tables |= {f"{row.module}.squeeze.{point}": scale for point, scale in scales.items()}
+    return tables
+
+
+def _thresholds(model: nn.Module, plan: Plan, stats: Stats | None) -> Tensors:
+    """Choose the input thresholds of every sparse linear layer, float32 ``[in]``, by buffer."""
+    tables: Tensors = {}
+    for row in plan.activations:
+        parameters = {key: value for key, value in row.method.items() if key != "method"}
+        method = registry.get("activations", row.method["method"])(**parameters)
+        measured = stats.tensors if stats else {}
+        needed = {name: measured[name][row.module] for name in method.statistics}
+        weight: Any = model.get_submodule(row.module).weight
+        threshold = method.fit(weight, needed)
+        tables[f"{row.module}.squeeze.threshold"] = threshold.cpu().contiguous()
     return tables
 
 

@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +21,24 @@ from torch import nn
 
 from squeeze import atomic
 from squeeze.attention import LayerState
-from squeeze.compress import assemble, weight_method
-from squeeze.errors import CheckpointError, RecipeError, UnsupportedError, nearest
+from squeeze.compress import assemble, empty_weight
+from squeeze.errors import CheckpointError, RecipeError, nearest
+from squeeze.experts import PackedExperts, PackedStack, keep_names, replace_experts
 from squeeze.folding import folded_tables
-from squeeze.kernels.lut_linear.reference import reconstruct
-from squeeze.linear import ClusteredLinear
+from squeeze.linear import PackedLinear
+from squeeze.mixer import rotate
 from squeeze.plan import Plan, resolve_implementation
 from squeeze.quantizer import SqueezeConfig, SqueezeQuantizer
-from squeeze.swapping import Artifacts, Swap, attach_attention, finish, replace_module
+from squeeze.sparse_inputs import InputState, lay_out
+from squeeze.swapping import (
+    Artifacts,
+    Swap,
+    attach_attention,
+    attach_inputs,
+    attach_mixers,
+    finish,
+    replace_module,
+)
 from squeeze.types import Implementation, resolve_dtype
 
 if TYPE_CHECKING:
@@ -218,16 +227,26 @@ def rebuild(model: PreTrainedModel, config: SqueezeConfig) -> None:
         )
     plan = Plan.from_dict(config.plan)
     device = torch.device("meta")
+    stacks = {
+        row.module: PackedStack(empty_weight(row, device))  # type: ignore[arg-type]
+        for row in plan.weights
+        if row.experts
+    }
+    replace_experts(model, stacks)
     for row in plan.weights:
+        if row.experts:
+            continue
         linear: Any = model.get_submodule(row.module)
-        method = weight_method(row)
-        replacement = ClusteredLinear.from_weight(
-            method.empty(*row.shape, device),
+        replacement = PackedLinear.from_weight(
+            empty_weight(row, device),  # type: ignore[arg-type]
             linear.bias,
             dtype=linear.weight.dtype,
             implementation=Implementation.REFERENCE,
         )
         replace_module(model, row.module, replacement)
+        # Some owners would initialise weights that are not there; all they hold is in the files.
+        owner: Any = model.get_submodule(row.module.rpartition(".")[0])
+        owner._is_hf_initialized = True
     done = Swap(model)
     done.restorable = not plan.weights
     tables = {
@@ -235,6 +254,8 @@ def rebuild(model: PreTrainedModel, config: SqueezeConfig) -> None:
         for name, facts in config.tables.items()
     }
     attach_attention(done, plan, tables)
+    attach_mixers(done, plan, tables)
+    attach_inputs(done, plan, tables)
     finish(done)
 
 
@@ -243,8 +264,12 @@ def choose_implementations(model: PreTrainedModel) -> None:
     device = str(next(model.parameters()).device)
     chosen = Implementation(resolve_implementation(device))
     for module in model.modules():
-        if isinstance(module, ClusteredLinear | LayerState):
+        if isinstance(module, PackedLinear | PackedStack | LayerState | InputState):
             module.implementation = chosen
+    for module in model.modules():
+        if isinstance(getattr(module, "squeeze", None), InputState):
+            lay_out(module)
+    keep_names(model)
 
 
 def note_folds(model: PreTrainedModel) -> None:
@@ -255,11 +280,21 @@ def note_folds(model: PreTrainedModel) -> None:
 
 
 def dequantize(model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
-    """Replace clustered layers by dense ones holding the same values, and drop the rest."""
+    """Replace packed layers by dense ones holding the same values, and drop the rest."""
     dtype = resolve_dtype(dtype or model.dtype)
+    done: Swap | None = getattr(model, "squeeze_swap", None)
+    if done is not None:
+        done.detach_inputs()
+    rotated = done.rotated if done is not None else set()
     for name, module in list(model.named_modules()):
-        if isinstance(module, ClusteredLinear):
-            weight = reconstruct(module.clustered).to(dtype)
+        if isinstance(module, PackedExperts):
+            replace_module(model, name, module.dense(dtype))
+            vars(model).pop("_weight_conversions", None)
+        if isinstance(module, PackedLinear):
+            weight = module.reconstruct()
+            if name in rotated:
+                weight = rotate(weight)
+            weight = weight.to(dtype)
             dense = nn.Linear(
                 weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta"
             )
@@ -267,8 +302,9 @@ def dequantize(model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
             if module.bias is not None:
                 dense.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
             replace_module(model, name, dense)
-    done: Swap | None = getattr(model, "squeeze_swap", None)
     if done is not None:
+        done.detach_mixers()
+        done.scales = {}  # the weights made above belong to scaled inputs
         done.unfold()
         done.detach_attention()
         del model.squeeze_swap, model.squeeze_statistics
@@ -298,72 +334,11 @@ def artifacts_of(folder: Path) -> Artifacts:
         ) from error
     weights = {}
     for row in plan.weights:
-        parts = ("indices", "codebook", "scale")
-        stored = {p: tensors[f"{row.module}.{p}"] for p in parts if f"{row.module}.{p}" in tensors}
-        weights[row.module] = assemble(weight_method(row), row, stored)
+        prefix = f"{row.module}."
+        stored = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        weights[row.module] = assemble(row, stored)
     tables = {name: tensors[name] for name in _read_config(folder).get("tables", {})}
     return Artifacts(plan, weights, tables)
-
-
-def export_compressed_tensors(
-    model: PreTrainedModel, artifacts: Artifacts, folder: Path, tokenizer: Any = None
-) -> None:
-    """Write palettes with 8-bit entries as int8 weights with a scale per output channel, exactly.
-
-    ``w = entry * scale``: the same numbers in the ``int-quantized`` format that compressed-tensors
-    and its readers (vLLM among them) load. It costs 8 bits per weight; the KV and sparse settings
-    stay behind, as the format has no place for them.
-
-    Raises:
-        UnsupportedError: a module's codebook entries are not int8.
-    """
-    import compressed_tensors
-
-    state = {k: v for k, v in model.state_dict().items() if ".squeeze." not in k}
-    for name, weight in artifacts.weights.items():
-        if weight.codebook.dtype != torch.int8 or weight.scale is None:
-            raise UnsupportedError(
-                f"export: {name}",
-                f"its codebook entries are {weight.codebook.dtype}",
-                "int8 entries with a row scale",
-                "Run the recipe with entries: int8",
-            )
-        for part in ("indices", "codebook", "scale"):
-            state.pop(f"{name}.{part}")
-        entries = reconstruct(replace(weight, scale=None))
-        state[f"{name}.weight"] = entries.to(torch.int8)
-        state[f"{name}.weight_scale"] = weight.scale.float().view(-1, 1)
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    scheme = {
-        "num_bits": 8,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "channel",
-        "dynamic": False,
-    }
-    config = json.loads(model.config.to_json_string(use_diff=True))
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "ignore": linears,
-        "global_compression_ratio": None,
-        "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": scheme, "format": "int-quantized"}
-        },
-        "version": compressed_tensors.__version__,
-    }
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    kept = {k: v.contiguous() for k, v in state.items() if k not in tied}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    atomic.write_text(folder / "config.json", json.dumps(config, indent=2))
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
 
 
 def check_format(name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from squeeze.errors import CheckpointError, UnsupportedError
+from squeeze.fused import fused_shapes
 from squeeze.key_biases import KeyBias, find_huge
 from squeeze.types import resolve_dtype
 
@@ -57,6 +58,8 @@ MLA = frozenset(
         "youtu",
     ]
 )
+# Mixers whose forward we have (``squeeze.mixer``). That of others may read weights by itself.
+MIXERS = ("MambaMixer", "Mamba2Mixer")
 NO_KEYS = frozenset(["mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma"])
 
 
@@ -91,9 +94,12 @@ class ModelInfo:
         dtype: Of the checkpoint, as ``"bfloat16"``.
         layers: Number of decoder layers.
         attention: One entry per layer that has attention.
-        linears: Dotted name to ``(out, in)`` of every ``nn.Linear``.
+        linears: Dotted name to ``(out, in)`` of every ``nn.Linear`` that can be replaced.
         parameter_bytes: Of all parameters, tied ones once, in ``dtype``.
         key_biases: Those that are huge; ``None`` where there are biases and they are not loaded.
+        mixers: Dotted names of the Mamba mixers that we know.
+        experts: Dotted name of every parameter that holds the matrices of a layer's experts to
+            ``(E, out, in)``.
     """
 
     source: str
@@ -104,6 +110,8 @@ class ModelInfo:
     linears: dict[str, tuple[int, int]]
     parameter_bytes: int
     key_biases: tuple[KeyBias, ...] | None = ()
+    mixers: tuple[str, ...] = ()
+    experts: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     @property
     def dtype_bits(self) -> int:
@@ -175,7 +183,7 @@ def describe(
     linears = {
         n: (m.out_features, m.in_features)
         for n, m in model.named_modules()
-        if isinstance(m, nn.Linear)
+        if isinstance(m, nn.Linear) and not _is_read(model, n)
     }
     count = sum(p.numel() for p in model.parameters())
     attention = _attention(model, text)
@@ -188,6 +196,8 @@ def describe(
         linears=linears,
         parameter_bytes=count * resolve_dtype(chosen).itemsize,
         key_biases=find_huge(model, attention),
+        mixers=tuple(n for n, m in model.named_modules() if type(m).__name__ in MIXERS),
+        experts=fused_shapes(model),
     )
 
 
@@ -205,6 +215,13 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pr
             "architectures that AutoModelForCausalLM knows",
             "Choose another model",
         ) from error
+
+
+def _is_read(model: nn.Module, name: str) -> bool:
+    """Whether a module's owner reads its weight itself, so that nothing else may stand there."""
+    owner, _, last = name.rpartition(".")
+    kind = type(model.get_submodule(owner)).__name__
+    return last == "dt_proj" and kind.endswith("Mixer") and kind not in MIXERS
 
 
 def _attention(model: nn.Module, text: PreTrainedConfig) -> tuple[AttentionInfo, ...]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
-from squeeze import plan_guard, plan_table
+from squeeze import plan_guard, plan_table, registry
 from squeeze.errors import DeviceError, RecipeError, UnsupportedError, nearest
+from squeeze.matching import matches
 from squeeze.model_info import SINK_LOGITS, ModelInfo, require_packable
+from squeeze.plan_activations import ActivationPlan, activation_rows
 from squeeze.plan_cache import (
     DENSE_BITS,
     Allocation,
@@ -30,6 +31,11 @@ from squeeze.plan_cache import (
     side_means,
     uniform_rows,
 )
+from squeeze.plan_mixer import MixerPlan, mixer_rows
+from squeeze.plan_scaling import with_producers
+from squeeze.plan_weights import PREDICTORS, WeightAllocation
+from squeeze.plan_weights import bound_of as weight_bound
+from squeeze.plan_weights import uniform_rows as uniform_weights
 from squeeze.recipe import Method, Recipe, WeightRule, layer_candidates
 from squeeze.recipe_values import build_transform
 from squeeze.types import Implementation, resolve_dtype
@@ -40,7 +46,11 @@ KV_LOSS = "kv_loss"
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """What happens to one linear layer."""
+    """What happens to one linear layer, or to one fused parameter of a layer's experts.
+
+    ``producer`` is the module that takes the inverses of input scales, where there are such.
+    ``shape`` is that of one matrix; ``experts`` of them are meant, 0 stands for a linear layer.
+    """
 
     module: str
     method: dict[str, Any]
@@ -49,6 +59,13 @@ class WeightPlan:
     effective_bits: float
     bytes_before: int
     bytes_after: int
+    producer: str = ""
+    experts: int = 0
+
+    @property
+    def values(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1] * max(1, self.experts)
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,9 @@ class Plan:
         offload: Packed blocks live in CPU memory.
         queries: How queries that read packed keys are rounded: ``"float8"``, or not at all.
         salience: What makes a token one that a format protects.
+        mixers: One entry per Mamba mixer whose forward is ours.
+        activations: One entry per linear layer that leaves small inputs out in decode.
+        weight_allocation: The bound on mean bits of weights, where the recipe has one.
     """
 
     recipe: dict[str, Any]
@@ -114,6 +134,9 @@ class Plan:
     offload: bool = False
     queries: str | None = None
     salience: str = "error"
+    mixers: tuple[MixerPlan, ...] = ()
+    activations: tuple[ActivationPlan, ...] = ()
+    weight_allocation: WeightAllocation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that ``from_dict`` reads back."""
@@ -122,13 +145,21 @@ class Plan:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
         """Rebuild a plan from ``to_dict``'s data, or from the same after JSON."""
-        rows: dict[str, type] = {"weights": WeightPlan, "kv_cache": KVPlan, "prefill": PrefillPlan}
+        rows: dict[str, type] = {
+            "weights": WeightPlan,
+            "kv_cache": KVPlan,
+            "prefill": PrefillPlan,
+            "mixers": MixerPlan,
+            "activations": ActivationPlan,
+        }
         known = {f.name for f in fields(cls)}
         data = {key: value for key, value in data.items() if key in known}
         for key, row in rows.items():
-            data[key] = tuple(row(**_tupled(item)) for item in data[key])
+            data[key] = tuple(row(**_tupled(item)) for item in data.get(key, ()))
         if data.get("allocation"):
             data["allocation"] = Allocation(**_tupled(data["allocation"]))
+        if data.get("weight_allocation"):
+            data["weight_allocation"] = WeightAllocation.from_dict(data["weight_allocation"])
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
@@ -138,7 +169,8 @@ class Plan:
     def lossless(self) -> bool:
         """Whether the squeezed model is the dense one."""
         packed = any(row.keys or row.values for row in self.kv_cache)
-        return not (self.weights or packed or any(row.policy for row in self.prefill))
+        sparse = self.activations or any(row.policy for row in self.prefill)
+        return not (self.weights or packed or sparse)
 
     def table(self) -> str:
         """Lay the plan out as text, rows that repeat over layers folded into one."""
@@ -174,7 +206,7 @@ def make_plan(
     device = resolve_device(device)
     implementation = resolve_implementation(device, recipe.implementation)
     notes: list[str] = []
-    weights = tuple(_weights(recipe, info, implementation))
+    weights, weight_allocation = _weights(recipe, info, implementation)
     kv_cache = tuple(cache_rows(recipe, info, implementation))
     allocation = bound_of(recipe, info, kv_cache, implementation)
     if allocation is not None:
@@ -199,6 +231,17 @@ def make_plan(
             notes.append(
                 f"{len(left)} linear layers stay dense: {', '.join(plan_table.fold(left))}"
             )
+        left = [name for name in info.experts if name not in done]
+        if left:
+            notes.append(f"experts stay dense: {', '.join(plan_table.fold(left))}")
+    activations = tuple(activation_rows(recipe, info, weights, implementation))
+    if activations and not all(row.skips for row in activations):
+        zeroed = plan_table.fold(row.module for row in activations if not row.skips)
+        notes.append(f"small inputs of {', '.join(zeroed)} are zeroed, their weights read whole")
+    mixers = mixer_rows(weights, info, recipe.origin)
+    rounded = [row.module for row in mixers if row.method]
+    if rounded:
+        notes.append(f"activations of {', '.join(plan_table.fold(rounded))} are rounded to int8")
     kv = recipe.kv_cache
     sink_tokens, residual = (kv.sink_tokens, kv.residual_length) if kv else (0, 0)
     saved = sum(row.bytes_before - row.bytes_after for row in weights)
@@ -224,9 +267,12 @@ def make_plan(
         batch=batch,
         notes=tuple(notes),
         allocation=allocation,
+        weight_allocation=weight_allocation,
         offload=bool(kv and kv.offload),
         queries=kv.queries if kv else None,
         salience=kv.salience if kv else "error",
+        mixers=mixers,
+        activations=activations,
     )
 
 
@@ -276,45 +322,82 @@ def resolve_implementation(device: str, wanted: str | Implementation = Implement
     return wanted.value
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a module name equals, contains as a component, or (``re:``) matches a pattern."""
-    parts = name.split(".")
-    return any(
-        re.search(pattern[3:], name)
-        if pattern.startswith("re:")
-        else pattern == name or pattern in parts or any(p.startswith(pattern) for p in parts)
-        for pattern in patterns
-    )
-
-
-def _weights(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable[WeightPlan]:
+def _weights(
+    recipe: Recipe, info: ModelInfo, implementation: str
+) -> tuple[tuple[WeightPlan, ...], WeightAllocation | None]:
     chosen: dict[str, WeightRule] = {}
+    shapes: dict[str, tuple[int, ...]] = {**info.linears, **info.experts}
+    width = info.dtype_bits
     for i, rule in enumerate(recipe.weights):
-        hit = [n for n in info.linears if matches(n, rule.targets) and not matches(n, rule.ignore)]
+        hit = [n for n in shapes if matches(n, rule.targets) and not matches(n, rule.ignore)]
         if not hit:
             raise RecipeError(
                 f"{recipe.origin}: weights.{i}.targets",
                 f"{list(rule.targets)} matches no linear layer of this {info.model_type} model",
-                ", ".join(plan_table.fold(list(info.linears))[:12])
-                or "nothing here is an nn.Linear",
+                ", ".join(plan_table.fold(list(shapes))[:12]) or "nothing here is an nn.Linear",
                 "Name modules or parts of their names",
             )
         chosen |= dict.fromkeys(hit, rule)
+    rows = []
     for name, rule in chosen.items():
-        method = rule.method.build()
-        if method is None:
+        if rule.method.lossless and rule.mean_bits is None:
             continue
-        out, columns = info.linears[name]
-        method.check(out, columns)
-        yield WeightPlan(
-            module=name,
-            method=rule.method.to_dict(),
-            implementation=implementation,
-            shape=(out, columns),
-            effective_bits=method.shape_bits(out, columns),
-            bytes_before=out * columns * info.dtype_bits // 8,
-            bytes_after=method.shape_bytes(out, columns),
-        )
+        *experts, out, columns = shapes[name]
+        count = experts[0] if experts else 0
+        before = max(1, count) * out * columns * width // 8
+        row = WeightPlan(name, {}, implementation, (out, columns), 0.0, before, 0, "", count)
+        rows.append(repack(row, rule.method.to_dict()))
+    bound = weight_bound(recipe, chosen)
+    if bound is not None:
+        rows = list(uniform_weights(rows, bound, repack, recipe.origin))
+    return _produced(rows, info.model_type), bound
+
+
+def repack(row: WeightPlan, method: Mapping[str, Any]) -> WeightPlan:
+    """Give a module another method, sizes counted again; its producer is not known yet.
+
+    Raises:
+        UnsupportedError: the method does not take this shape.
+    """
+    made = build_method(method)
+    made.check(*row.shape)
+    return replace(
+        row,
+        method=dict(method),
+        effective_bits=made.shape_bits(*row.shape),
+        bytes_after=max(1, row.experts) * made.shape_bytes(*row.shape),
+        producer="",
+    )
+
+
+def build_method(method: Mapping[str, Any]) -> Any:
+    """Build a weight method from its mapping."""
+    parameters = {key: value for key, value in method.items() if key != "method"}
+    return registry.get("weights", method["method"])(**parameters)
+
+
+def _produced(rows: Sequence[WeightPlan], model_type: str) -> tuple[WeightPlan, ...]:
+    """Name the producers of modules whose methods scale their inputs."""
+    scaling = [
+        row.module
+        for row in rows
+        if getattr(build_method(row.method), "scales_inputs", False) and not row.experts
+    ]
+    return with_producers(rows, scaling, model_type)
+
+
+def with_weights(plan: Plan, rows: Sequence[WeightPlan], **changes: Any) -> Plan:
+    """Return the plan with other methods of its modules, its bits and bytes counted again."""
+    rows = _produced(rows, plan.model_type)
+    saved = sum(row.bytes_before - row.bytes_after for row in rows)
+    before = plan.weight_bytes["before"]
+    return replace(
+        plan,
+        weights=rows,
+        effective_bits=_effective_bits(rows, plan.kv_cache),
+        weight_bytes={"before": before, "after": before - saved},
+        **changes,
+    )
 
 
 def with_cache(plan: Plan, rows: Sequence[KVPlan], **changes: Any) -> Plan:
@@ -359,6 +442,11 @@ def _statistics(recipe: Recipe, info: ModelInfo) -> tuple[str, ...]:
     for rule in recipe.weights:
         made = rule.method.build()
         names |= set(made.statistics) if made else set()
+        names |= set(getattr(made, "mixer_statistics", ()))
+        for one in rule.candidates:
+            names |= set(one.build().statistics)
+        if rule.mean_bits is not None and not names & set(PREDICTORS):
+            names.add(PREDICTORS[-1])
     if recipe.kv_cache and not all_lossless(recipe, info):
         for layer in range(info.layers):
             for side in itertools.chain(*layer_candidates(recipe.kv_cache, layer, info.layers)):
@@ -368,12 +456,14 @@ def _statistics(recipe: Recipe, info: ModelInfo) -> tuple[str, ...]:
                     names |= set(build_transform(entry)[1].statistics)
         if recipe.kv_cache.mean_bits is not None:
             names.add(KV_LOSS)
+    for sparse in recipe.activations:
+        names |= set(sparse.method.build().statistics)
     if recipe.attention and recipe.attention.prefill:
         names |= set(recipe.attention.prefill.build().statistics)
     return tuple(sorted(names))
 
 
 def _effective_bits(weights: Sequence[WeightPlan], kv_cache: Sequence[KVPlan]) -> dict[str, float]:
-    count = sum(row.shape[0] * row.shape[1] for row in weights)
+    count = sum(row.values for row in weights)
     stored = 8 * sum(row.bytes_after for row in weights)
     return {"weights": stored / count if count else DENSE_BITS, **side_means(kv_cache)}

@@ -82,6 +82,10 @@ def lines(plan: Plan) -> Iterable[str]:
                 ),
                 [],
             ).append((0, 0))
+    for inputs in plan.activations:
+        name = re.sub(r"\.\d+\.", ".*.", inputs.module) + " inputs"
+        key = (name, _spell(inputs.method), inputs.implementation, "")
+        groups.setdefault(key, []).append((0, 0))
     rows = [("module", "count", "method", "implementation", "bits", "before", "after")]
     for (module, method, implementation, bits), sizes in groups.items():
         before, after = (sum(s) for s in zip(*sizes, strict=True))
@@ -125,6 +129,13 @@ def lines(plan: Plan) -> Iterable[str]:
             f"bound: keys and values take at most {plan.allocation.mean_bits:.3f} effective bits "
             f"on average; calibration chooses the formats of layers "
             f"{ranges(list(plan.allocation.layers))}, here they have the widest uniform choice"
+        )
+    weights = plan.weight_allocation
+    if weights and not weights.chosen:
+        yield (
+            f"bound: weights take at most {weights.mean_bits:.3f} effective bits on average; "
+            f"calibration chooses the methods of {len(weights.groups)} groups of modules, here "
+            "they have the widest uniform choice"
         )
     yield from (f"note: {note}" for note in plan.notes)
 

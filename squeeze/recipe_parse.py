@@ -15,8 +15,10 @@ from squeeze import registry
 from squeeze.errors import RecipeError, nearest
 from squeeze.recipe_values import (
     ALLOCATED_SIDES,
+    ALLOCATED_WEIGHTS,
     LOSSLESS_BITS,
     VERSION,
+    ActivationRule,
     Attention,
     Calibration,
     Candidates,
@@ -78,6 +80,7 @@ class Parser:
             "weights",
             "kv_cache",
             "attention",
+            "activations",
             "implementation",
             "calibration",
             "evaluate",
@@ -109,6 +112,7 @@ class Parser:
             weights=self.weights(raw.get("weights") or []),
             kv_cache=self.kv_cache(raw["kv_cache"]) if raw.get("kv_cache") else None,
             attention=self.attention(raw["attention"]) if raw.get("attention") else None,
+            activations=self.activations(raw.get("activations") or []),
             calibration=self.section(Calibration, raw.get("calibration") or {}, "calibration"),
             evaluate=self.section(Evaluate, raw.get("evaluate") or {}, "evaluate"),
         )
@@ -132,7 +136,8 @@ class Parser:
         return self.error(place, f"got {first['input']!r}", allowed_by(first), "Change the value")
 
     def weights(self, raw: Any) -> tuple[WeightRule, ...]:
-        """Check the list of weight rules."""
+        """Check the list of weight rules; one with a bound may stand alone."""
+        raw = [raw] if isinstance(raw, dict) and "mean_bits" in raw else raw
         if not isinstance(raw, list):
             raise self.error(
                 "weights", f"got {raw!r}", "a list of rules", "Start each rule with '- '"
@@ -141,18 +146,93 @@ class Parser:
         for i, rule in enumerate(raw):
             path = f"weights.{i}"
             rule = dict(self.mapping(rule, path))
-            scope = {key: rule.pop(key) for key in ("targets", "ignore") if key in rule}
-            for key, value in scope.items():
-                if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-                    raise self.error(
-                        f"{path}.{key}",
-                        f"got {value!r}",
-                        "a list of module names or parts of them",
-                        f"e.g. {key}: [self_attn, mlp]",
-                    )
-            method = self.method(rule, "weights", path, ("targets", "ignore"))
-            rules.append(WeightRule(method=method, **{k: tuple(v) for k, v in scope.items()}))
+            scope = self.scope(rule, path)
+            bound, listed = rule.pop("mean_bits", None), rule.pop("candidates", None)
+            if bound is not None or listed is not None:
+                rule = {"method": ALLOCATED_WEIGHTS, **rule}
+            method = self.method(rule, "weights", path, ("targets", "ignore", "mean_bits"))
+            choice = self.weight_choice(rule, bound, listed, path)
+            rules.append(WeightRule(method=method, **scope, **choice))
+        bounded = [i for i, rule in enumerate(rules) if rule.mean_bits is not None]
+        if len(bounded) > 1:
+            raise self.error(
+                f"weights.{bounded[1]}.mean_bits",
+                "is a second bound",
+                "one rule with mean_bits",
+                "Let one rule target all modules that share a bound",
+            )
         return tuple(rules)
+
+    def scope(self, rule: dict[str, Any], path: str) -> dict[str, Any]:
+        """Take ``targets`` and ``ignore`` out of a rule, checked."""
+        found = {key: rule.pop(key) for key in ("targets", "ignore") if key in rule}
+        for key, value in found.items():
+            if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+                raise self.error(
+                    f"{path}.{key}",
+                    f"got {value!r}",
+                    "a list of module names or parts of them",
+                    f"e.g. {key}: [self_attn, mlp]",
+                )
+        return {key: tuple(value) for key, value in found.items()}
+
+    def activations(self, raw: Any) -> tuple[ActivationRule, ...]:
+        """Check the list of activation rules."""
+        if not isinstance(raw, list):
+            raise self.error(
+                "activations", f"got {raw!r}", "a list of rules", "Start each rule with '- '"
+            )
+        rules = []
+        for i, item in enumerate(raw):
+            path = f"activations.{i}"
+            rule = dict(self.mapping(item, path))
+            scope = self.scope(rule, path)
+            method = self.method(rule, "activations", path, ("targets", "ignore"))
+            rules.append(ActivationRule(method=method, **scope))
+        return tuple(rules)
+
+    def weight_choice(
+        self, rule: Mapping[str, Any], bound: Any, listed: Any, path: str
+    ) -> dict[str, Any]:
+        """Check a rule's bound on mean bits and its candidates, absent in most rules."""
+        if bound is None and listed is None:
+            return {}
+        known = isinstance(bound, int | float) and not isinstance(bound, bool)
+        if not known or not 0 < bound <= LOSSLESS_BITS:
+            raise self.error(
+                f"{path}.mean_bits",
+                f"got {bound!r}",
+                f"a number above 0 and at most {LOSSLESS_BITS}",
+                "It bounds the mean effective bits of the targeted weights",
+            )
+        if listed is None:
+            middle = min(max(int(bound), 2), 7)
+            listed = [{"bits": width} for width in (middle - 1, middle, middle + 1)]
+        if not isinstance(listed, list) or not listed:
+            raise self.error(
+                f"{path}.candidates",
+                f"got {listed!r}",
+                "a list of methods or of parameters to change",
+                "e.g. [{bits: 2}, {bits: 4}]",
+            )
+        candidates = tuple(
+            self.method(
+                merge_side(rule, self.mapping(item, f"{path}.candidates.{i}")),
+                "weights",
+                f"{path}.candidates.{i}",
+                (),
+            )
+            for i, item in enumerate(listed)
+        )
+        for i, one in enumerate(candidates):
+            if one.lossless:
+                raise self.error(
+                    f"{path}.candidates.{i}.bits",
+                    f"got {LOSSLESS_BITS}",
+                    "a method that packs",
+                    "Name modules to keep dense under ignore",
+                )
+        return {"mean_bits": float(bound), "candidates": candidates}
 
     def kv_cache(self, raw: Any) -> KVCache:
         """Check the cache section, layer overrides merged and checked too."""
@@ -331,7 +411,7 @@ class Parser:
         raw = dict(raw)
         name = raw.pop("method", None)
         if name is None:
-            if raw != {"bits": LOSSLESS_BITS}:
+            if raw != {"bits": LOSSLESS_BITS} or kind == "activations":
                 raise self.error(
                     f"{path}.method",
                     "is missing",

@@ -41,7 +41,8 @@ def schema() -> dict[str, Any]:
             "required": ["bits"],
             "additionalProperties": False,
         }
-        return {"anyOf": [*options, lossless] if kind != "prefill" else options}
+        exact = kind in ("prefill", "activations")
+        return {"anyOf": options if exact else [*options, lossless]}
 
     strings = {"type": "array", "items": {"type": "string"}}
     sides = {}
@@ -70,6 +71,21 @@ def schema() -> dict[str, Any]:
             side: {"type": "array", "minItems": 1, "items": {"type": "object"}} for side in sides
         },
     }
+    bound = {"type": "number", "exclusiveMinimum": 0, "maximum": LOSSLESS_BITS}
+    choice = {
+        "mean_bits": bound,
+        # A candidate is laid over its rule; the parser checks the whole.
+        "candidates": {"type": "array", "minItems": 1, "items": {"type": "object"}},
+    }
+    rule = method("weights", {"targets": strings, "ignore": strings, **choice})
+    rule["anyOf"].append(
+        {
+            "type": "object",
+            "properties": {"targets": strings, "ignore": strings, **choice},
+            "required": ["mean_bits"],
+            "additionalProperties": False,
+        }
+    )
     kv = {
         "type": "object",
         "anyOf": [{"required": ["keys", "values"]}, {"required": ["mean_bits"]}],
@@ -77,7 +93,7 @@ def schema() -> dict[str, Any]:
         "additionalProperties": False,
         "properties": {
             **sides,
-            "mean_bits": {"type": "number", "exclusiveMinimum": 0, "maximum": LOSSLESS_BITS},
+            "mean_bits": bound,
             "candidates": candidates,
             "sink_tokens": count,
             "residual_length": count,
@@ -97,14 +113,20 @@ def schema() -> dict[str, Any]:
         "properties": {
             "version": {"const": VERSION},
             "weights": {
-                "type": "array",
-                "items": method("weights", {"targets": strings, "ignore": strings}),
+                "anyOf": [
+                    {"type": "array", "items": rule},
+                    {"allOf": [rule, {"required": ["mean_bits"]}]},
+                ]
             },
             "kv_cache": kv,
             "attention": {
                 "type": "object",
                 "additionalProperties": False,
                 "properties": {"prefill": method("prefill", {})},
+            },
+            "activations": {
+                "type": "array",
+                "items": method("activations", {"targets": strings, "ignore": strings}),
             },
             "implementation": {"enum": [item.value for item in Implementation]},
             "calibration": _section_schema(Calibration),

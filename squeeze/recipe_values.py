@@ -16,6 +16,7 @@ ALLOCATED_SIDES: dict[str, dict[str, Any]] = {
     "keys": {"method": "affine", "bits": 4, "granularity": "channel", "group_size": 64},
     "values": {"method": "affine", "bits": 4, "granularity": "token", "group_size": 64},
 }
+ALLOCATED_WEIGHTS = "lnq"
 
 
 class Section(BaseModel):
@@ -60,11 +61,39 @@ def build_transform(entry: str | dict[str, Any]) -> tuple[str, Any]:
 
 
 class WeightRule(Section):
-    """Which modules one weight method applies to; later rules win."""
+    """Which modules one weight method applies to; later rules win.
+
+    With ``mean_bits`` modules that runtimes fuse get one of ``candidates`` each, chosen after
+    calibration.
+    """
 
     method: Method
-    targets: tuple[str, ...] = ("self_attn", "attn", "attention", "mlp", "feed_forward")
+    targets: tuple[str, ...] = ("self_attn", "attn", "attention", "mlp", "feed_forward", "mixer")
     ignore: tuple[str, ...] = ("lm_head", "embed")
+    mean_bits: float | None = None
+    candidates: tuple[Method, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that the recipe file would hold."""
+        scope = {"targets": list(self.targets), "ignore": list(self.ignore)}
+        if self.mean_bits is None:
+            return {**self.method.to_dict(), **scope}
+        candidates = [one.to_dict() for one in self.candidates]
+        bound = {"mean_bits": self.mean_bits, "candidates": candidates}
+        return {**self.method.to_dict(), **scope, **bound}
+
+
+class ActivationRule(Section):
+    """Which linear layers leave small inputs out in decode; later rules win."""
+
+    method: Method
+    targets: tuple[str, ...] = ("q_proj", "o_proj", "out_proj", "down_proj", "fc2", "dense")
+    ignore: tuple[str, ...] = ("dense_h_to_4h",)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that the recipe file would hold."""
+        scope = {"targets": list(self.targets), "ignore": list(self.ignore)}
+        return {**self.method.to_dict(), **scope}
 
 
 class LayerOverride(Section):
@@ -164,6 +193,7 @@ class Recipe(Section):
     weights: tuple[WeightRule, ...] = ()
     kv_cache: KVCache | None = None
     attention: Attention | None = None
+    activations: tuple[ActivationRule, ...] = ()
     implementation: str = "auto"
     calibration: Calibration = Calibration()
     evaluate: Evaluate = Evaluate()
@@ -172,10 +202,7 @@ class Recipe(Section):
         """Return the mapping that ``load`` reads back to an equal recipe."""
         result: dict[str, Any] = {"version": VERSION}
         if self.weights:
-            result["weights"] = [
-                {**r.method.to_dict(), "targets": list(r.targets), "ignore": list(r.ignore)}
-                for r in self.weights
-            ]
+            result["weights"] = [rule.to_dict() for rule in self.weights]
         if self.kv_cache:
             kv = self.kv_cache
             result["kv_cache"] = {
@@ -201,6 +228,8 @@ class Recipe(Section):
                 result["kv_cache"] |= bound
         if self.attention and self.attention.prefill:
             result["attention"] = {"prefill": self.attention.prefill.to_dict()}
+        if self.activations:
+            result["activations"] = [rule.to_dict() for rule in self.activations]
         if self.implementation != "auto":
             result["implementation"] = self.implementation
         result["calibration"] = self.calibration.model_dump(mode="json")

@@ -20,6 +20,7 @@ KINDS = {
     "transform": "squeeze.quant.transforms",
     "weights": "squeeze.quant.weights",
     "prefill": "squeeze.sparsify.prefill",
+    "activations": "squeeze.sparsify.activations",
 }
 Class = TypeVar("Class", bound=type)
 

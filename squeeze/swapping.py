@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -16,13 +16,23 @@ from squeeze.attention import KVSettings, LayerState, register
 from squeeze.cache_hook import CacheHook
 from squeeze.decode_step import attach, detach
 from squeeze.errors import UnsupportedError
+from squeeze.experts import PackedStack, expert_matrices, keep_names, replace_experts
 from squeeze.folding import fold, folded_tables, unfold
-from squeeze.linear import ClusteredLinear
+from squeeze.fused import fused_shapes
+from squeeze.linear import PackedLinear
+from squeeze.mixer import MixerState
+from squeeze.mixer import attach as attach_mixer
+from squeeze.mixer import detach as detach_mixer
+from squeeze.model_info import MIXERS
 from squeeze.plan import Plan
 from squeeze.plan_cache import KVPlan
 from squeeze.quant.kv._raw import RawBlocks
 from squeeze.recipe_values import build_transform
-from squeeze.types import ClusteredWeight, Implementation, Tensors, resolve_dtype
+from squeeze.scaling import Scales, exponents_of, parameter_scales, scale, unscale
+from squeeze.sparse_inputs import InputState, Phase
+from squeeze.sparse_inputs import attach as attach_input
+from squeeze.sparse_inputs import detach as detach_input
+from squeeze.types import Implementation, StoredWeight, Tensors, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -31,13 +41,13 @@ class Artifacts:
 
     Attributes:
         plan: What was decided.
-        weights: Module name to clustered weight.
+        weights: Module name to packed weight.
         tables: Dotted buffer name (``model.layers.0.self_attn.squeeze.keys_center_center``) to the
             tensor a KV format or transform was fitted with.
     """
 
     plan: Plan
-    weights: dict[str, ClusteredWeight]
+    weights: dict[str, StoredWeight]
     tables: Tensors
 
     @property
@@ -58,7 +68,11 @@ class Swap:
         self.names: dict[int, str] = {}
         self.hooks: list[Any] = []
         self.folded: Tensors = {}
+        self.scales: Scales = {}
+        self.mixers: list[str] = []
+        self.inputs: list[str] = []
         self.restorable = True
+        self.conversions: Any = vars(model).get("_weight_conversions")
 
     def __enter__(self) -> PreTrainedModel:
         return self.model
@@ -84,19 +98,43 @@ class Swap:
                 "",
                 "Load the dense model again, or swap with keep_dense=True",
             )
+        self.detach_inputs()
         for name, module in self.modules.items():
             replace_module(self.model, name, module)
         self.modules = {}
+        vars(self.model).pop("_weight_conversions", None)
+        if self.conversions is not None:
+            vars(self.model)["_weight_conversions"] = self.conversions
         self.unfold()
         self.detach_attention()
+        self.detach_mixers()
         for name in ("squeeze_swap", "squeeze_statistics"):
             if name in vars(self.model):
                 delattr(self.model, name)
 
     def unfold(self) -> None:
-        """Take key scales out of the weights again."""
+        """Take key scales and input scales out of the weights again."""
         unfold(self.model, self.folded)
-        self.folded = {}
+        unscale(self.model, self.scales)
+        self.folded, self.scales = {}, {}
+
+    @property
+    def rotated(self) -> set[str]:
+        """Names of the linear layers whose weights hold a rotation of their inputs."""
+        mixers: dict[str, Any] = {name: self.model.get_submodule(name) for name in self.mixers}
+        return {f"{name}.out_proj" for name, mixer in mixers.items() if mixer.squeeze.rotates}
+
+    def detach_inputs(self) -> None:
+        """Undo ``attach_inputs``."""
+        for name in self.inputs:
+            detach_input(self.model.get_submodule(name))
+        self.inputs = []
+
+    def detach_mixers(self) -> None:
+        """Undo ``attach_mixers``."""
+        for name in self.mixers:
+            detach_mixer(self.model.get_submodule(name))
+        self.mixers = []
 
     def detach_attention(self) -> None:
         """Undo ``attach_attention``."""
@@ -137,26 +175,34 @@ def swap(model: PreTrainedModel, artifacts: Artifacts, *, keep_dense: bool = Tru
     rounding = 0.0 if expected is None else float((_one_call(model) - expected).abs().max())
     try:
         attach_attention(done, artifacts.plan, artifacts.tables)
+        attach_mixers(done, artifacts.plan, artifacts.tables)
         # All layers that have scales, also where a part of the artifacts is swapped: that changes
         # no output, and weights were fitted to projections that hold them.
         folded = folded_tables(artifacts.tables)
         fold(model, folded)
         done.folded = folded
+        scales = _input_scales(model, artifacts)
+        scale(model, scales)
+        done.scales = scales
         if expected is not None:
             _self_test(model, expected, rounding)
         modules = dict(model.named_modules())
+        _swap_experts(done, artifacts)
         for row in artifacts.plan.weights:
+            if row.experts:
+                continue
             original = _linear(modules, row.module, row.shape)
-            weight = artifacts.weights[row.module]
+            weight: Any = artifacts.weights[row.module]
             done.modules[row.module] = original
             device = original.weight.device
-            replacement = ClusteredLinear.from_weight(
-                _to(weight, device),
+            replacement = PackedLinear.from_weight(
+                _to(weight, device),  # type: ignore[arg-type]
                 original.bias,
                 dtype=original.weight.dtype,
                 implementation=Implementation(row.implementation),
             )
             replace_module(model, row.module, replacement)
+        attach_inputs(done, artifacts.plan, artifacts.tables)
     except BaseException:
         done.restore()
         raise
@@ -240,6 +286,43 @@ def attach_attention(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> No
         done.hooks.append(model.register_forward_pre_hook(hook.read_types, with_kwargs=True))
 
 
+def attach_mixers(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> None:
+    """Give the mixers that the plan names our forward, and the scales of their activations."""
+    device = next(done.model.parameters()).device
+    modules = dict(done.model.named_modules())
+    for row in plan.mixers:
+        if type(modules.get(row.module)).__name__ not in MIXERS:
+            raise UnsupportedError(
+                f"swap: {row.module}",
+                f"found {type(modules.get(row.module)).__name__}",
+                " or ".join(MIXERS),
+                "Use the model that the plan was made for",
+            )
+        prefix = f"{row.module}.squeeze."
+        scales = {
+            n.removeprefix(prefix): _move(t, device)
+            for n, t in tables.items()
+            if n.startswith(prefix)
+        }
+        attach_mixer(modules[row.module], MixerState(scales))
+        done.mixers.append(row.module)
+
+
+def attach_inputs(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> None:
+    """Give the linear layers that the plan names their input thresholds."""
+    if not plan.activations:
+        return
+    phase = Phase()
+    device = next(done.model.parameters()).device
+    for row in plan.activations:
+        threshold = _move(tables[f"{row.module}.squeeze.threshold"], device)
+        linear = done.model.get_submodule(row.module)
+        attach_input(linear, InputState(threshold, phase, Implementation(row.implementation)))
+        done.inputs.append(row.module)
+    hook = done.model.get_decoder().register_forward_pre_hook(phase, with_kwargs=True)
+    done.hooks.append(hook)
+
+
 def settings(row: KVPlan, plan: Plan) -> KVSettings:
     """Build the objects that one layer's plan names."""
     return KVSettings(
@@ -286,14 +369,38 @@ def _linear(modules: Mapping[str, nn.Module], name: str, shape: tuple[int, int])
     return module
 
 
-def _to(weight: ClusteredWeight, device: torch.device) -> ClusteredWeight:
-    scale = None if weight.scale is None else weight.scale.to(device)
-    return replace(
-        weight,
-        indices=weight.indices.to(device),
-        codebook=weight.codebook.to(device),
-        scale=scale,
-    )
+def _swap_experts(done: Swap, artifacts: Artifacts) -> None:
+    """Replace the mixtures of experts that have packed parameters."""
+    rows = [row for row in artifacts.plan.weights if row.experts]
+    if not rows:
+        return
+    found = fused_shapes(done.model)
+    stacks = {}
+    for row in rows:
+        if found.get(row.module) != (row.experts, *row.shape):
+            raise UnsupportedError(
+                f"swap: {row.module}",
+                f"found {found.get(row.module, 'nothing')}",
+                f"{row.experts} experts of {row.shape[0]} x {row.shape[1]}",
+                "Use the model that the plan was made for",
+            )
+        device = expert_matrices(done.model, row.module)[0].device
+        weight: Any = _to(artifacts.weights[row.module], device)
+        stacks[row.module] = PackedStack(weight, Implementation(row.implementation))
+    done.modules |= replace_experts(done.model, stacks)
+    keep_names(done.model)
+
+
+def _input_scales(model: nn.Module, artifacts: Artifacts) -> Scales:
+    """Select the input scales of parameters that are not about to be replaced."""
+    rows = artifacts.plan.weights
+    replaced = {f"{row.module}.weight" for row in rows}
+    scales = parameter_scales(model, rows, exponents_of(artifacts.weights))
+    return {name: found for name, found in scales.items() if name not in replaced}
+
+
+def _to(weight: StoredWeight, device: torch.device) -> StoredWeight:
+    return weight.with_tensors({n: tensor.to(device) for n, tensor in weight.tensors().items()})
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -7,7 +7,7 @@ tokens, N blocks, K codewords. Everything here is data; behaviour lives with its
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol, TypeAlias
 
@@ -89,7 +89,7 @@ class PackedBlocks:
 
 @dataclass(frozen=True)
 class BlockIndex:
-    """Which keys each block of queries reads: whole key blocks, then single columns.
+    """Which keys each block of queries reads: whole key blocks, single columns, then averages.
 
     Positions count from each row's first real token. CSR per batch row and head: the block ids of
     query block ``i`` are ``block_ids[b, h, block_offsets[b, h, i] : block_offsets[b, h, i + 1]]``,
@@ -102,6 +102,11 @@ class BlockIndex:
         block_ids: int32 ``[B, H, capacity]``.
         column_offsets: int32 ``[B, H, N + 1]``, or ``None`` when no query block has columns.
         column_ids: int32 ``[B, H, capacity]``, or ``None``.
+        pooled_offsets: int32 ``[B, H, N + 1]``, or ``None`` when nothing is read as an average.
+        pooled_ids: int32 ``[B, H, capacity]``, or ``None``. An id is a run of 8 averages of m = 2,
+            4 or 8 tokens each; run g of m tokens begins at token 8 m g, and its id is g plus the
+            ``T // (8 m')`` of all smaller m'. It stands for keys before the query block, in none of
+            its other lists, and weighs as many tokens as it averages.
     """
 
     block_size: int
@@ -109,6 +114,8 @@ class BlockIndex:
     block_ids: Tensor
     column_offsets: Tensor | None = None
     column_ids: Tensor | None = None
+    pooled_offsets: Tensor | None = None
+    pooled_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,9 @@ class ClusteredWeight:
         shape: ``(out, in)`` of the dense matrix.
         rows: Output rows sharing one codebook.
         columns: Input columns sharing one codebook.
+        outlier_values: float16 ``[n]``, added to single weights, by rows; or ``None``.
+        outlier_columns: int16 ``[n]``, the bits of their unsigned column numbers.
+        outlier_offsets: int32 ``[out + 1]``: those of row ``o`` begin at its entry ``o``.
     """
 
     indices: Tensor
@@ -133,17 +143,128 @@ class ClusteredWeight:
     shape: tuple[int, int]
     rows: int
     columns: int
+    outlier_values: Tensor | None = None
+    outlier_columns: Tensor | None = None
+    outlier_offsets: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of every stored tensor."""
-        tensors = [self.indices, self.codebook] + ([] if self.scale is None else [self.scale])
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return bytes_of(self.tensors())
 
     @property
     def effective_bits(self) -> float:
         """Stored bits per weight, codebooks and scales included."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def tensors(self) -> Tensors:
+        """Name the stored tensors."""
+        return _present(
+            indices=self.indices,
+            codebook=self.codebook,
+            scale=self.scale,
+            outlier_values=self.outlier_values,
+            outlier_columns=self.outlier_columns,
+            outlier_offsets=self.outlier_offsets,
+        )
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> ClusteredWeight:
+        """Return the same description over other tensors, named as in ``tensors``."""
+        return replace(self, **_present(**tensors))
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight matrix as packed integers: ``W[o, i] = (code - zero) * scale * 2**-exponent``.
+
+    Scale and zero belong to row ``o`` and group ``i // group_size``, the exponent to column ``i``.
+
+    Attributes:
+        codes: int32 ``[out, groups * group_size * bits / 32]``, each group packed by
+            ``squeeze.kernels.bits``, the last one padded.
+        scale: float16 ``[out, groups]``.
+        zero: uint8 ``[out, groups]``, or ``None`` where it is ``2**(bits - 1)``.
+        exponents: int8 ``[in]``, or ``None`` where no column was scaled before rounding.
+        bits: Width of one code, 2 to 8.
+        group_size: Input columns sharing a scale, a multiple of 32.
+        shape: ``(out, in)`` of the dense matrix.
+        folded: What makes the inputs divides them by ``2**exponents`` already; then these are
+            stored to be undone and are no part of ``W``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    exponents: Tensor | None
+    bits: int
+    group_size: int
+    shape: tuple[int, int]
+    folded: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every stored tensor."""
+        return bytes_of(self.tensors())
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits per weight, scales, zeros and padding included."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def tensors(self) -> Tensors:
+        """Name the stored tensors."""
+        return _present(
+            codes=self.codes, scale=self.scale, zero=self.zero, exponents=self.exponents
+        )
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> IntegerWeight:
+        """Return the same description over other tensors, named as in ``tensors``."""
+        return replace(self, **_present(**tensors))
+
+
+PackedWeight: TypeAlias = ClusteredWeight | IntegerWeight
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The matrices of one fused parameter of a mixture of experts, all packed alike.
+
+    Attributes:
+        stacked: Describes one expert's matrix; its tensors have one more leading dimension, E.
+    """
+
+    stacked: PackedWeight
+
+    @property
+    def experts(self) -> int:
+        """Number of experts, E."""
+        return len(next(iter(self.tensors().values())))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every stored tensor."""
+        return bytes_of(self.tensors())
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits per weight, all included."""
+        out_features, in_features = self.stacked.shape
+        return 8 * self.nbytes / (self.experts * out_features * in_features)
+
+    def expert(self, index: int) -> PackedWeight:
+        """Select one expert's packed matrix."""
+        return self.stacked.with_tensors({n: t[index] for n, t in self.tensors().items()})
+
+    def tensors(self) -> Tensors:
+        """Name the stored tensors."""
+        return self.stacked.tensors()
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> ExpertWeights:
+        """Return the same description over other tensors, named as in ``tensors``."""
+        return ExpertWeights(self.stacked.with_tensors(tensors))
+
+
+StoredWeight: TypeAlias = PackedWeight | ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -156,6 +277,10 @@ class MethodInfo:
     source: str
     year: int
     cls: type = field(repr=False)
+
+
+def _present(**tensors: Tensor | None) -> dict[str, Any]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def bytes_of(tensors: Mapping[str, Tensor]) -> int:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from squeeze.calibrate import PARTIAL, Stats, calibrate
+from squeeze.calibrate import PARTIAL, STATISTICS, Stats, calibrate
 from squeeze.errors import CheckpointError, UnsupportedError
 from tests import tiny
 
@@ -33,6 +33,45 @@ def test_fisher_is_the_squared_gradient(family):
     for name, found in stats.tensors["fisher"].items():
         expected = fisher_by_autograd(model, tokens, name)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-10)
+
+
+def moments_by_autograd(model, tokens, name):
+    """Means over tokens of ``x x^T``, the same weighted by ``mean(g^2)``, and of ``g g^T``."""
+    kept = []
+    module = model.get_submodule(name)
+    handle = module.register_forward_hook(lambda _, args, output: kept.append((args[0], output)))
+    sums = [0, 0, 0]
+    for sample in tokens:
+        logits = model(sample[None]).logits[0, :-1]
+        loss = nn.functional.cross_entropy(logits, sample[1:], reduction="sum")
+        x, output = kept.pop()
+        g = torch.autograd.grad(loss, output)[0][0]
+        parts = zip(x[0], g, strict=True)
+        for read, grad in parts:
+            outer = torch.outer(read, read)
+            terms = (outer, outer * grad.square().mean(), torch.outer(grad, grad))
+            sums = [total + term for total, term in zip(sums, terms, strict=True)]
+    handle.remove()
+    return [total.detach() / tokens.numel() for total in sums]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_hessians_are_moments_of_inputs_and_output_gradients(family):
+    model, tokens = tiny.model(family), text(samples=5)
+    wanted = ("hessian", "guided_hessian", "output_hessian")
+    tensors = calibrate(model, tokens, set(wanted)).tensors
+    assert (
+        tensors["hessian"].keys() == calibrate(model, tokens, {"fisher"}).tensors["fisher"].keys()
+    )
+    for name in tensors["hessian"]:
+        for statistic, expected in zip(
+            wanted, moments_by_autograd(model, tokens, name), strict=True
+        ):
+            found = tensors[statistic][name]
+            if statistic == "guided_hessian":
+                expected = expected[None]
+            spread = 1e-5 * float(expected.abs().max())  # of sums that cancel
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=spread)
 
 
 def test_key_mean_is_the_mean_of_cached_keys(llama):
@@ -123,7 +162,7 @@ def test_bfloat16_model_is_measured_in_float32(llama):
 
 def test_killed_run_resumes_to_the_same_bits(llama, tmp_path):
     tokens = text(10)
-    wanted = {"fisher", "key_mean", "kv_importance", "kv_samples"}
+    wanted = set(STATISTICS)
     whole = calibrate(llama, tokens, wanted)
 
     def kill(stage, done, total):
@@ -172,7 +211,7 @@ def test_nothing_asked_is_nothing_done(llama):
 
 def test_refuses(llama):
     with pytest.raises(ValueError, match="unknown statistics"):
-        calibrate(llama, text(), {"hessian"})
+        calibrate(llama, text(), {"jacobian"})
     with pytest.raises(ValueError, match="tokens must be"):
         calibrate(llama, text()[0], {"fisher"})
     with pytest.raises(UnsupportedError, match="no list of decoder layers"):

@@ -265,7 +265,10 @@ def test_compare_prints_both_reports(squeezed):
         (["plan", "kv4", "--set", "bits"], ["--set", "path=value"]),
         (["plan", "kv4", "--model", "./nowhere"], ["nowhere", "config.json"]),
         (["plan", "kv4", "--device", "tpu"], ["'tpu'", "cpu, cuda"]),
-        (["ls", "key"], ["unknown kind 'key'", "kv, transform, weights, prefill, recipes"]),
+        (
+            ["ls", "key"],
+            ["unknown kind 'key'", "kv, transform, weights, prefill, activations, recipes"],
+        ),
         (["compare", "a.json", "b.json"], ["a.json", "no such file"]),
     ],
     ids=lambda value: " ".join(value)[:40],

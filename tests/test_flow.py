@@ -177,11 +177,12 @@ def test_a_killed_run_leaves_no_output_and_running_again_finishes(
     except subprocess.TimeoutExpired:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert not output.exists() or squeeze.load(output) is not None
-    if not output.exists():
+    # Killed between the output's appearance and the removal of the work, it leaves the latter.
+    finished = output.exists()
+    if not finished:
         squeeze.run(recipe, source, output, evaluate=False)
     assert torch.equal(logits(squeeze.load(output)), logits(checkpoint[1].model))
-    assert not list(tmp_path.glob(".*.partial"))
+    assert finished or not list(tmp_path.glob(".*.partial"))
 
 
 def test_work_of_another_recipe_is_discarded(source: Path, tmp_path: Path, checkpoint) -> None:

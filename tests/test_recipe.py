@@ -10,8 +10,9 @@ import yaml
 
 from squeeze import api, recipe, registry
 from squeeze.errors import RecipeError, UnsupportedError
-from tests import tiny
+from tests import ssm, tiny
 
+STATE_SPACE = {"quamba"}
 KV = {"keys": {"method": "affine"}, "values": {"method": "affine"}}
 
 
@@ -19,7 +20,7 @@ KV = {"keys": {"method": "affine"}, "values": {"method": "affine"}}
 def test_shipped_recipes_load_plan_and_fit_the_schema(name: str) -> None:
     loaded = recipe.load(name)
     assert recipe.load(loaded.to_dict()).to_dict() == loaded.to_dict()
-    made = api.plan(name)
+    made = api.plan(name, ssm.model("mamba") if name in STATE_SPACE else "reference")
     assert type(made).from_dict(made.to_dict()) == made
     raw = yaml.safe_load(recipe.shipped()[name].read_text())
     assert next(iter(raw)) == "version"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from squeeze.errors import RecipeError
 from squeeze.evaluation.memory import kv_bytes, peak_bytes, reset_peak
-from squeeze.evaluation.scoring import forward, max_positions, scoring
+from squeeze.evaluation.scoring import carried, forward, max_positions, scoring
 from squeeze.evaluation.step_shares import PARTS, shares, step_shares
 
 
@@ -113,11 +113,11 @@ def _round(model: Any, prompt: Tensor, decode_tokens: int) -> tuple[list[float],
     token = output.logits[:, -1:].argmax(-1)
     clock.mark()
     for _ in range(decode_tokens):
-        cache = output.past_key_values
-        output = forward(model, token, keep=1, use_cache=True, past_key_values=cache)
+        output = forward(model, token, keep=1, use_cache=True, **carried(output))
         token = output.logits[:, -1:].argmax(-1)
         clock.mark()
-    return clock.seconds(), output.past_key_values
+    (cache,) = carried(output).values()
+    return clock.seconds(), cache
 
 
 def _check(

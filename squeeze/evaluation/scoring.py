@@ -139,6 +139,12 @@ def supplied_cache(model: nn.Module, make: Callable[[], Any]) -> Iterator[None]:
         hook.remove()
 
 
+def carried(output: Any) -> dict[str, Any]:
+    """Return what a forward hands to the next one, by the name of the argument."""
+    name = "cache_params" if "cache_params" in output else "past_key_values"
+    return {name: output[name]}
+
+
 def continuation_logits(
     model: Any, ids: Tensor, start: int, mode: str, chunk: int = CHUNK_TOKENS
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -164,10 +170,11 @@ def continuation_logits(
         return
     output = forward(model, ids[:, :start], keep=1, use_cache=True)
     yield output.logits, ids[:, start : start + 1]
+    if "cache_params" in carried(output):
+        chunk = 1  # a scan of several tokens may start from nothing
     for first in range(start, ids.shape[1] - 1, chunk):
         fed = ids[:, first : min(first + chunk, ids.shape[1] - 1)]
-        cache = output.past_key_values
-        output = forward(model, fed, fed.shape[1], use_cache=True, past_key_values=cache)
+        output = forward(model, fed, fed.shape[1], use_cache=True, **carried(output))
         yield output.logits, ids[:, first + 1 : first + 1 + fed.shape[1]]
 
 

@@ -7,6 +7,8 @@ waiting for the host nor the other parts are in its time.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from squeeze.cache import PackedLayer, StaticPackedCache
 from squeeze.evaluation.scoring import forward
+from squeeze.fused import Experts, projections
+from squeeze.linear import PackedLinear
 from squeeze.recorder import CudaGraphs
 
 PARTS = ("weights", "attention", "other", "launch")
@@ -36,29 +40,42 @@ def step_shares(model: Any, cache: Any, token: Tensor) -> dict[str, float | None
         token: int64 ``[B, 1]``.
 
     Returns:
-        Milliseconds: ``weights_ms`` of all linear layers, ``attention_ms`` of all queries over what
-        is stored, ``kernels_ms`` of the whole step once nothing is launched one by one. The last is
-        ``None`` where a step cannot be recorded, as on a CPU.
+        Milliseconds: ``weights_ms`` of all linear layers and experts, ``attention_ms`` of all
+        queries over what is stored, ``kernels_ms`` of the whole step once nothing is launched one
+        by one. The last is ``None`` where a step cannot be recorded, as on a CPU.
     """
     device = token.device
     rows = len(token)
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) or hasattr(m, "packed")]
-    inputs = {
-        m.in_features: torch.randn(rows, 1, m.in_features, dtype=model.dtype, device=device)
-        for m in linears
-    }
+    products = _products(model, rows, device)
     reads = _reads(model, cache, rows)
     return {
-        "weights_ms": _time(lambda: [m(inputs[m.in_features]) for m in linears], device),
+        "weights_ms": _time(lambda: [product() for product in products], device),
         "attention_ms": _time(lambda: [read() for read in reads], device),
         "kernels_ms": _kernels(model, cache, token),
     }
 
 
+def _products(model: Any, rows: int, device: torch.device) -> list[Callable[[], Any]]:
+    """List calls of every linear layer and mixture of experts with one token per row."""
+    text = model.config.get_text_config(decoder=True)
+    chosen = getattr(text, "num_experts_per_tok", 1)
+    products: list[Callable[[], Any]] = []
+    for module in model.modules():
+        if isinstance(module, Experts) or projections(module):
+            x = torch.randn(rows, text.hidden_size, dtype=model.dtype, device=device)
+            index = torch.arange(rows * chosen, device=device).view(rows, -1) % module.num_experts
+            weights = torch.full_like(index, 1 / chosen, dtype=model.dtype)
+            products.append(functools.partial(module, x, index, weights))
+        elif isinstance(module, nn.Linear | PackedLinear):
+            x = torch.randn(rows, 1, module.in_features, dtype=model.dtype, device=device)
+            products.append(functools.partial(module, x))
+    return products
+
+
 def _reads(model: Any, cache: Any, rows: int) -> list[Callable[[], Any]]:
     """List, for every layer that stores keys, attention of one query per row over them."""
     config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 0)  # none in state-space models
     reads: list[Callable[[], Any]] = []
     for layer in cache.layers:
         packed = isinstance(layer, PackedLayer)
@@ -85,11 +102,13 @@ def _kernels(model: Any, cache: Any, token: Tensor) -> float | None:
     if token.device.type != "cuda":
         return None
     twin = copy.deepcopy(cache)
+    names = inspect.signature(model.forward).parameters
+    argument = "cache_params" if "cache_params" in names else "past_key_values"
 
     def step() -> Any:
         context = twin.on_device() if isinstance(twin, StaticPackedCache) else nullcontext()
         with context:
-            return forward(model, token, keep=1, use_cache=True, past_key_values=twin)
+            return forward(model, token, keep=1, use_cache=True, **{argument: twin})
 
     def restart() -> None:
         # A recorded step goes on counting, which only so many slots can take.

@@ -74,14 +74,11 @@ def calibration_tokens(tokenizer: Any, settings: Calibration) -> Tensor:
     Raises:
         RecipeError: the data is unknown or too short.
     """
-    generator = random.Random(settings.seed)
     head = start_tokens(tokenizer)
     body = settings.length - len(head)
     joined = "\n".join(calibration_texts(settings))
     rows = []
-    for _ in range(settings.samples):
-        # Eight characters a token are more than enough; a short read is tried once from the start.
-        first = generator.randrange(max(1, len(joined) - 8 * settings.length))
+    for first in _places(settings, len(joined)):
         ids = encode(tokenizer, joined[first : first + 8 * settings.length])
         if len(ids) < body:
             raise RecipeError(
@@ -92,6 +89,24 @@ def calibration_tokens(tokenizer: Any, settings: Calibration) -> Tensor:
             )
         rows.append(head + ids[:body])
     return torch.tensor(rows)
+
+
+def _places(settings: Calibration, characters: int) -> list[int]:
+    """Draw where each sample begins; eight characters a token are more than enough."""
+    generator = random.Random(settings.seed)
+    most = max(1, characters - 8 * settings.length)
+    return [generator.randrange(most) for _ in range(settings.samples)]
+
+
+def unread_text(settings: Calibration) -> str:
+    """Return what ``calibration_tokens`` leaves of the text, all of it if that is under a tenth."""
+    joined = "\n".join(calibration_texts(settings))
+    parts, end = [], 0
+    for first in sorted(_places(settings, len(joined))):
+        parts.append(joined[end:first])
+        end = max(end, first + 8 * settings.length)
+    left = "\n".join(part for part in (*parts, joined[end:]) if part)
+    return left if 10 * len(left) >= len(joined) else joined
 
 
 def measure(
@@ -267,7 +282,10 @@ def only(artifacts: Artifacts, part: str, layer: int) -> Artifacts | None:
     )
     if not weights and not any(row.keys for row in caches):
         return None
-    smaller = replace(plan, weights=weights, kv_cache=caches, prefill=())
+    mixers = tuple(r for r in plan.mixers if weights and layer_of(r.module) == layer)
+    smaller = replace(
+        plan, weights=weights, kv_cache=caches, prefill=(), mixers=mixers, activations=()
+    )
     return Artifacts(
         smaller, {r.module: artifacts.weights[r.module] for r in weights}, artifacts.tables
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -9,6 +11,7 @@ from torch.nn.functional import pad
 from squeeze.types import BlockIndex
 
 COLUMN_TILE = 64
+RUN = 8  # averages in one run of ``BlockIndex.pooled_ids``
 
 
 def compact(candidates: Tensor, keep: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -32,6 +35,36 @@ def compact(candidates: Tensor, keep: Tensor, capacity: int) -> tuple[Tensor, Te
     return offsets, ids.scatter_(-1, slots.long(), values)
 
 
+def compact_segments(
+    segments: Iterable[tuple[Tensor, Tensor]], capacity: int
+) -> tuple[Tensor, Tensor]:
+    """Pack what ``compact`` packs, a few query blocks at a time.
+
+    The scratch memory is one segment's, so no mask of all block pairs ever exists.
+
+    Args:
+        segments: Candidates and keep mask ``[B, H, R, C]`` of consecutive query blocks; R and C
+            may differ from one to the next.
+        capacity: As for ``compact``.
+    Returns:
+        As ``compact`` does, for all query blocks.
+    """
+    counts: list[Tensor] = []
+    ids = torch.empty(0)
+    for candidates, keep in segments:
+        if not counts:
+            shape = (*keep.shape[:2], capacity + 1)
+            ids = torch.zeros(shape, dtype=torch.int32, device=keep.device)
+            listed = torch.zeros(*keep.shape[:2], 1, dtype=torch.int64, device=keep.device)
+        flat = keep.flatten(-2)  # [B, H, R * C]
+        slots = (flat.cumsum(-1) + (listed - 1)).masked_fill_(~flat, capacity)
+        values = candidates.to(torch.int32).expand(keep.shape).flatten(-2)
+        ids.scatter_(-1, slots, values)
+        counts.append(keep.sum(-1))
+        listed = listed + flat.sum(-1, keepdim=True)
+    return pad(torch.cat(counts, -1).cumsum(-1), (1, 0)).to(torch.int32), ids
+
+
 def from_masks(blocks: Tensor, columns: Tensor | None, block_size: int) -> BlockIndex:
     """Build an index from explicit masks; for tests and small inputs.
 
@@ -52,6 +85,8 @@ def from_masks(blocks: Tensor, columns: Tensor | None, block_size: int) -> Block
 
 def to_dense_mask(index: BlockIndex, length: int) -> Tensor:
     """Write an index out as the token mask it stands for, causality included; for tests.
+
+    What is read as an average is not in the mask.
 
     Args:
         index: Of B rows and H heads.
@@ -74,10 +109,10 @@ def to_dense_mask(index: BlockIndex, length: int) -> Tensor:
 def density(index: BlockIndex, lengths: Tensor) -> Tensor:
     """Return the share of the causal query-key pairs that an index computes, tiles in full.
 
-    computed = sum over query blocks of rows * (blocks * block_size + ceil(columns / 64) * 64), with
-    only real rows counted; density = min(1, computed / (length * (length + 1) / 2)). The masked
-    half of a diagonal tile counts as computed, which overstates a sparse head a little; the minimum
-    makes a full list exactly 1.
+    computed = sum over query blocks of rows * (blocks * block_size + ceil(columns / 64) * 64 +
+    ceil(8 * runs / 64) * 64), with only real rows counted; density = min(1, computed / (length *
+    (length + 1) / 2)). The masked half of a diagonal tile counts as computed, which overstates a
+    sparse head a little; the minimum makes a full list exactly 1.
 
     Args:
         index: Of B rows and H heads.
@@ -90,9 +125,10 @@ def density(index: BlockIndex, lengths: Tensor) -> Tensor:
     firsts = torch.arange(offsets.shape[-1] - 1, device=offsets.device) * size
     rows = (lengths[:, None] - firsts).clamp(0, size)[:, None]  # [B, 1, N]
     computed = offsets.diff().long() * size
-    if index.column_offsets is not None:
-        tiles = (index.column_offsets.diff().long() + COLUMN_TILE - 1) // COLUMN_TILE
-        computed = computed + tiles * COLUMN_TILE
+    for single, each in ((index.column_offsets, 1), (index.pooled_offsets, RUN)):
+        if single is not None:
+            tiles = (single.diff().long() * each + COLUMN_TILE - 1) // COLUMN_TILE
+            computed = computed + tiles * COLUMN_TILE
     pairs = (lengths * (lengths + 1) / 2.0)[:, None]
     return ((rows * computed).sum(-1).double() / pairs).clamp(max=1.0)
 

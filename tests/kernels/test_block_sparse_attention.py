@@ -1,17 +1,20 @@
 import json
+import math
 import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 from squeeze.errors import DeviceError, UnsupportedError
 from squeeze.kernels.block_sparse_attention.api import block_sparse_attention
-from squeeze.sparsify.index import from_masks, to_dense_mask
+from squeeze.sparsify.index import compact, from_masks, to_dense_mask
 from squeeze.sparsify.prefill.vertical_slash import VerticalSlash
-from squeeze.types import BlockIndex, Implementation
+from squeeze.types import Implementation
 
 REFERENCE, TRITON = Implementation.REFERENCE, Implementation.TRITON
 triton_only = pytest.mark.skipif(
@@ -29,8 +32,11 @@ def guarded(generator, B, H, T, D, dtype, device="cpu"):
     return buffer[:, 2 : T + 2, :H, 3 : D + 3].transpose(1, 2)
 
 
-def random_index(generator, B, H, T, size):
-    """List random blocks and columns, and nothing at all for some blocks of queries."""
+def random_index(generator, B, H, T, size, pooled=False):
+    """List random blocks and columns, and nothing at all for some blocks of queries.
+
+    With ``pooled``, every query block but the first also reads random runs of averages.
+    """
     N, tokens = -(-T // size), torch.arange(T)
     blocks = torch.rand(B, H, N, N, generator=generator) < 0.5
     blocks &= torch.ones(N, N, dtype=torch.bool).tril()
@@ -38,7 +44,33 @@ def random_index(generator, B, H, T, size):
     columns &= tokens < (torch.arange(N)[:, None] + 1) * size
     columns &= ~blocks[..., tokens // size]
     some = torch.rand(B, H, N, 1, generator=generator) < 0.8
-    return from_masks(blocks & some, columns & some, size)
+    index = from_masks(blocks & some, columns & some, size)
+    if not pooled:
+        return index
+    counts = torch.tensor([T // 16, T // 32, T // 64])
+    total = int(counts.sum())
+    chosen = torch.rand(B, H, N, total, generator=generator) < 0.4
+    level = torch.repeat_interleave(torch.arange(1, 4), counts)
+    ends = (torch.arange(total) - (counts.cumsum(0) - counts)[level - 1] + 1) << (level + 3)
+    chosen &= ends <= torch.arange(N)[:, None] * size
+    offsets, ids = compact(torch.arange(total), chosen, total * N)
+    return replace(index, pooled_offsets=offsets, pooled_ids=ids)
+
+
+def with_averages(index, b, h, k, v):
+    """Return, for one head, each query block's averaged keys, values and ln of their counts."""
+    T, result = len(k), []
+    first = {1: 0, 2: T // 16, 3: T // 16 + T // 32}
+    for a, e in pairwise(index.pooled_offsets[b, h].tolist()):
+        rows = []
+        for number in index.pooled_ids[b, h, a:e].tolist():
+            level = 1 + (number >= first[2]) + (number >= first[3])
+            start = number - first[level] << level + 3
+            for first_token in range(start, start + (8 << level), 1 << level):
+                tokens = slice(first_token, first_token + (1 << level))
+                rows.append((k[tokens].mean(0), v[tokens].mean(0), math.log(1 << level)))
+        result.append(rows)
+    return result
 
 
 def oracle(query, keys, values, index, starts, scaling, softcap):
@@ -59,6 +91,23 @@ def oracle(query, keys, values, index, starts, scaling, softcap):
         scores = scores.masked_fill(~mask[b, :, : T - start, : T - start], -torch.inf)
         lse[b, :, start:] = scores.logsumexp(-1)
         out[b, :, start:] = scores.softmax(-1).nan_to_num(0.0) @ v
+        if index is None or index.pooled_ids is None:
+            continue
+        for h in range(H):
+            # Averages count from the row's first real token, over a text of T positions.
+            k_h, v_h = (torch.nn.functional.pad(x[h], (0, 0, 0, start)) for x in (k, v))
+            for i, rows in enumerate(with_averages(index, b, h, k_h, v_h)):
+                queries = slice(start + i * index.block_size, start + (i + 1) * index.block_size)
+                if not rows or queries.start >= T:
+                    continue
+                means, contents = (torch.stack([row[x] for row in rows]) for x in (0, 1))
+                more = scaling * query[b, h, queries] @ means.T
+                more = more if softcap is None else softcap * torch.tanh(more / softcap)
+                more += torch.tensor([row[2] for row in rows], dtype=torch.float64)
+                both = torch.cat((lse[b, h, queries, None], more), -1)
+                parts = both.softmax(-1)
+                out[b, h, queries] = parts[:, :1] * out[b, h, queries] + parts[:, 1:] @ contents
+                lse[b, h, queries] = both.logsumexp(-1)
     return out, lse
 
 
@@ -78,14 +127,17 @@ def assert_within_budget(actual, reference, expected, dtype, what):
     )
 
 
-def compare(seed, B, H, H_kv, T, D, dtype, size, starts=None, softcap=None, device="cpu"):
+def compare(
+    seed, B, H, H_kv, T, D, dtype, size, starts=None, softcap=None, device="cpu", pooled=False
+):
     generator = torch.Generator().manual_seed(seed)
     inputs = [guarded(generator, B, heads, T, D, dtype, device) for heads in (H, H_kv, H_kv)]
-    index = None if size is None else random_index(generator, B, H, T, size)
+    index = None if size is None else random_index(generator, B, H, T, size, pooled)
     starts = None if starts is None else torch.tensor(starts)
     expected = oracle(*inputs, index, starts, D**-0.5, softcap)
     if index is not None:
-        index = BlockIndex(size, *(x.to(device) for x in list(vars(index).values())[1:]))
+        moved = {k: x.to(device) for k, x in vars(index).items() if isinstance(x, torch.Tensor)}
+        index = replace(index, **moved)
     starts = None if starts is None else starts.to(device)
     results = [
         block_sparse_attention(
@@ -134,6 +186,12 @@ def test_triton_against_reference(case, poisoned):
     compare(*case)
 
 
+@triton_only
+@pytest.mark.parametrize("case", [CASES[i] for i in (3, 4, 5, 6, 7)], ids=lambda c: f"seed{c[0]}")
+def test_triton_reads_averages(case, poisoned):
+    compare(*case, pooled=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [None, 64, 128])
 @pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
@@ -169,12 +227,14 @@ def test_policy_and_kernel_on_a_gpu():
     torch.testing.assert_close(lse.cpu(), expected[1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [None, 64, 128])
+@pytest.mark.parametrize(
+    ("size", "pooled"), [(None, False), (64, False), (128, False), (64, True), (128, True)]
+)
 @pytest.mark.parametrize("T", [1, 65, 300])
-def test_reference_against_the_oracle(size, T):
+def test_reference_against_the_oracle(size, pooled, T):
     generator = torch.Generator().manual_seed(T)
     inputs = [guarded(generator, 2, heads, T, 16, torch.float64) for heads in (6, 2, 2)]
-    index = None if size is None else random_index(generator, 2, 6, T, size)
+    index = None if size is None else random_index(generator, 2, 6, T, size, pooled)
     starts = torch.tensor([0, T // 3])
     out, lse = block_sparse_attention(
         *inputs, index, starts=starts, scaling=0.25, softcap=3.0, implementation=REFERENCE
@@ -192,11 +252,11 @@ def choices():
 def test_later_tokens_change_nothing(implementation):
     generator, T, cut = torch.Generator().manual_seed(3), 150, 100
     inputs = [torch.randn(1, heads, T, 64, generator=generator) for heads in (2, 1, 1)]
-    index = random_index(generator, 1, 2, T, 64)
+    indices = [random_index(generator, 1, 2, T, 64, pooled) for pooled in (False, True)]
     changed = [x.clone() for x in inputs]
     for x in changed:
         x[:, :, cut:] = 100.0
-    for listed in (index, None):
+    for listed in (*indices, None):
         before, after = (
             block_sparse_attention(*x, listed, scaling=0.125, implementation=implementation)[0]
             for x in (inputs, changed)
@@ -280,20 +340,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from squeeze.kernels.block_sparse_attention import triton as kernel
 
-for arch, D, rows, listed in json.loads(sys.argv[1]):
-    options = kernel.launch_options(rows, triton.next_power_of_2(D), 2, arch)
+for arch, D, rows, listed, pooled in json.loads(sys.argv[1]):
+    options = kernel.launch_options(rows, triton.next_power_of_2(D), 2, arch, pooled)
     constants = dict(
         H=32, GROUPS=4, D=D, SOFTCAP=0.0, LOG2_E=kernel.LOG2_E, HAS_STARTS=True, LISTED=listed,
-        COLUMNS=listed, UPCAST=False, BLOCK_M=rows, BLOCK_N=options.pop("BLOCK_N"),
-        BLOCK_D=triton.next_power_of_2(D), q_d=1, k_d=1, v_d=1,
+        COLUMNS=listed, POOLED=pooled, RUN=8, UPCAST=False, BLOCK_M=rows,
+        BLOCK_N=options.pop("BLOCK_N"), BLOCK_D=triton.next_power_of_2(D), q_d=1, k_d=1, v_d=1,
     )
     types = dict(query="*bf16", keys="*bf16", values="*bf16", out="*bf16", lse="*fp32",
                  starts="*i64", scale="fp32")
     names, lists = kernel._attention.arg_names, ("block_offsets", "block_ids", "column_offsets",
                                                  "column_ids")
-    for name in lists:
-        if listed:
-            types[name] = "*i32"
+    averages = ("pooled_offsets", "pooled_ids", "pooled_keys", "pooled_values")
+    for name in (*lists, *averages):
+        if pooled or listed and name in lists:
+            types[name] = "*bf16" if name in averages[2:] else "*i32"
         else:
             constants[name] = None
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
@@ -319,7 +380,10 @@ SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 
 def test_the_kernel_compiles_without_spills():
     pytest.importorskip("triton")
-    cases = [(90, 128, 64, True), (90, 128, 128, False), (80, 128, 64, True), (100, 128, 64, True)]
+    cases = [
+        (90, 128, 64, True, False), (90, 128, 128, False, False), (80, 128, 64, True, False),
+        (100, 128, 64, True, False), (90, 128, 64, True, True),
+    ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, json.dumps(cases)],

@@ -28,7 +28,8 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend T tokens to those of the same T tokens that an index lists, causally.
 
-    out[t] = sum_j p[t, j] v[j] over listed j <= t; p = softmax_j(scaling * q[t] . k[j]).
+    out[t] = sum_j p[t, j] v[j] over listed j <= t; p = softmax_j(scaling * q[t] . k[j]). An average
+    that the index lists is a key and a value too, its score raised by ln of its count of tokens.
     Head h reads key/value head h // (H / H_kv); nothing is repeated. Any strides are fine.
 
     Args:
@@ -75,11 +76,13 @@ def _check(
     if index is None:
         return
     expected = (B, H, -(-T // index.block_size) + 1)
-    for offsets in (index.block_offsets, index.column_offsets):
+    for offsets in (index.block_offsets, index.column_offsets, index.pooled_offsets):
         if offsets is not None and offsets.shape != expected:
             raise ValueError(f"{OP}: offsets must be {expected}, got {tuple(offsets.shape)}")
     if (index.column_offsets is None) != (index.column_ids is None):
         raise ValueError(f"{OP}: column offsets and ids come together")
+    if (index.pooled_offsets is None) != (index.pooled_ids is None):
+        raise ValueError(f"{OP}: pooled offsets and ids come together")
 
 
 def _check_triton(query: Tensor, index: BlockIndex | None) -> None:

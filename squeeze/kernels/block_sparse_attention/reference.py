@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from squeeze.kernels.block_sparse_attention.pyramid import LEVELS, RUN, aligned, averages, counts
 from squeeze.types import BlockIndex
 
 DENSE_ROWS = 64
@@ -24,15 +26,25 @@ def attend(
     Rows are first shifted so that token 0 of each is its first real one. A block of queries then
     gathers its listed keys, heads padded to the longest list, and takes one softmax over them.
 
+    Averages, in the dtype of the keys, are appended to them and never hidden by causality.
+
     Cost: two copies of the longest list's keys and values, one block's scores, float32 copies of
     the inputs.
     """
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
-    q, k, v = (_align(x, starts).to(precise) for x in (query, keys, values))
+    q, k, v = (aligned(x, starts) for x in (query, keys, values))
     (B, H, T, D), H_kv = q.shape, k.shape[1]
     size = DENSE_ROWS if index is None else index.block_size
     longest = None if index is None else _longest(index)
-    q = q * scaling
+    since = torch.arange(T + 1, device=q.device)  # the first row that sees a key; T is never seen
+    bonus = None  # ln of the tokens behind each key
+    if index is not None and index.pooled_ids is not None:
+        k, v = (torch.cat((x, averages(x)), 2) for x in (k, v))
+        sizes = torch.tensor([1 << h for h in LEVELS], device=q.device)
+        tokens = sizes.repeat_interleave(torch.tensor(counts(T), device=q.device))
+        since = torch.cat((since[:T], torch.zeros_like(tokens), since[T:]))
+        bonus = pad(tokens.to(precise), (T, 1), value=1.0).log()
+    q, k, v = q.to(precise) * scaling, k.to(precise), v.to(precise)
     out, lse = torch.empty_like(q), q.new_empty(B, H, T)
     for i, first in enumerate(range(0, T, size)):
         end = min(first + size, T)
@@ -40,14 +52,16 @@ def attend(
             k_i, v_i = k[:, :, :end], v[:, :, :end]  # [B, H_kv, end, D]
             seen = torch.arange(end, device=q.device)[None, None]
         else:
-            seen = _listed(index, i, longest[i], T)  # [B, H, L]; T where a list is shorter
+            seen = _listed(index, i, longest[i], T, k.shape[2])  # [B, H, L]
             k_i, v_i = _gather(k, seen, H // H_kv), _gather(v, seen, H // H_kv)  # [B, H, L, D]
         scores = q[:, :, first:end].reshape(B, k_i.shape[1], -1, D) @ k_i.mT
         scores = scores.view(B, H, end - first, -1)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         rows = torch.arange(first, end, device=q.device)
-        scores.masked_fill_(seen[:, :, None] > rows[:, None], -torch.inf)
+        if bonus is not None:
+            scores += bonus[seen][:, :, None]
+        scores.masked_fill_(since[seen][:, :, None] > rows[:, None], -torch.inf)
         weights, lse[:, :, first:end] = _softmax(scores)
         weights = weights.view(B, k_i.shape[1], -1, k_i.shape[2])
         out[:, :, first:end] = (weights @ v_i).view(B, H, end - first, D)
@@ -64,23 +78,32 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     return weights, (top + total.log()).squeeze(-1)
 
 
-def _longest(index: BlockIndex) -> list[tuple[int, int]]:
-    """Return, per query block, the most blocks (at least 1) and columns that any head lists."""
+def _longest(index: BlockIndex) -> list[tuple[int, ...]]:
+    """Return, per query block, the most blocks (at least 1), columns and runs of any head."""
     blocks = index.block_offsets.diff().amax((0, 1)).clamp(min=1).tolist()
-    if index.column_offsets is None:
-        return [(count, 0) for count in blocks]
-    return list(zip(blocks, index.column_offsets.diff().amax((0, 1)).tolist(), strict=True))
+    single = [
+        [0] * len(blocks) if offsets is None else offsets.diff().amax((0, 1)).tolist()
+        for offsets in (index.column_offsets, index.pooled_offsets)
+    ]
+    return list(zip(blocks, *single, strict=True))
 
 
-def _listed(index: BlockIndex, i: int, longest: tuple[int, int], T: int) -> Tensor:
-    """Return the positions that query block i reads, ``[B, H, L]``; T pads and is never read."""
+def _listed(index: BlockIndex, i: int, longest: tuple[int, ...], T: int, E: int) -> Tensor:
+    """Return which of E keys query block i reads, ``[B, H, L]``: positions, then T + averages.
+
+    E, one past the last, pads and is never read.
+    """
     size, device = index.block_size, index.block_ids.device
     blocks = _slice(index.block_offsets, index.block_ids, i, longest[0], -(-T // size))
-    seen = (blocks[..., None] * size + torch.arange(size, device=device)).flatten(-2).clamp(max=T)
-    if index.column_offsets is None or index.column_ids is None:
-        return seen
-    columns = _slice(index.column_offsets, index.column_ids, i, longest[1], T)
-    return torch.cat((seen, columns), dim=-1)
+    seen = (blocks[..., None] * size + torch.arange(size, device=device)).flatten(-2)
+    parts = [seen.masked_fill(seen >= T, E)]
+    if index.column_offsets is not None and index.column_ids is not None:
+        parts.append(_slice(index.column_offsets, index.column_ids, i, longest[1], E))
+    if index.pooled_offsets is not None and index.pooled_ids is not None:
+        runs = _slice(index.pooled_offsets, index.pooled_ids, i, longest[2], (E - T) // RUN)
+        pooled = runs[..., None] * RUN + torch.arange(RUN, device=device)
+        parts.append(T + pooled.flatten(-2).clamp(max=E - T))
+    return torch.cat(parts, dim=-1)
 
 
 def _slice(offsets: Tensor, ids: Tensor, i: int, count: int, padding: int) -> Tensor:
@@ -99,17 +122,8 @@ def _gather(x: Tensor, seen: Tensor, groups: int) -> Tensor:
     return x.flatten(0, 2).index_select(0, rows.flatten()).view(B, H, L, -1)
 
 
-def _align(x: Tensor, starts: Tensor | None) -> Tensor:
-    """Move each row's first real token to the front; the last token fills the end."""
-    if starts is None:
-        return x
-    T = x.shape[2]
-    tokens = (torch.arange(T, device=x.device) + starts[:, None]).clamp(max=T - 1)  # [B, T]
-    return x.gather(2, tokens[:, None, :, None].expand_as(x))
-
-
 def _restore(out: Tensor, lse: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Undo ``_align``; padding gives 0 and -inf."""
+    """Undo ``aligned``; padding gives 0 and -inf."""
     if starts is None:
         return out, lse
     positions = torch.arange(out.shape[2], device=out.device) - starts[:, None]  # [B, T]

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from squeeze.kernels.block_sparse_attention.pyramid import RUN, aligned, averages, counts
 from squeeze.types import BlockIndex
 
 LOG2_E = 1.4426950408889634
@@ -34,17 +35,19 @@ def _tile(
     row_mask,
     channel_mask,
     visible,
+    bonus,
     scale,
     SOFTCAP: tl.constexpr,
     LOG2_E: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     MASK_CHANNELS: tl.constexpr,
     MASK_SCORES: tl.constexpr,
+    RAISED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Take one tile of keys and values into the online softmax.
 
-    s = scale * q k^T (base 2); top' = max(top, rowmax(s)); p = 2^(s - top');
+    s = scale * q k^T + bonus (base 2); top' = max(top, rowmax(s)); p = 2^(s - top');
     acc' = acc * 2^(top - top') + p v; total' = total * 2^(top - top') + rowsum(p).
     """
     if MASK_ROWS or MASK_CHANNELS:
@@ -56,6 +59,8 @@ def _tile(
         k = k.to(tl.float32)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [M, N]
     scores = _bounded(scores, SOFTCAP, LOG2_E)
+    if RAISED:
+        scores += bonus[None, :]
     if MASK_SCORES:
         scores = tl.where(visible, scores, -float("inf"))
     raised = tl.maximum(top, tl.max(scores, 1))
@@ -87,6 +92,10 @@ def _attention(
     block_ids,
     column_offsets,
     column_ids,
+    pooled_offsets,
+    pooled_ids,
+    pooled_keys,
+    pooled_values,
     q_b,
     q_h,
     q_t,
@@ -101,6 +110,8 @@ def _attention(
     v_d,
     block_capacity,
     column_capacity,
+    pooled_capacity,
+    P,
     T,
     scale,
     H: tl.constexpr,
@@ -111,12 +122,14 @@ def _attention(
     HAS_STARTS: tl.constexpr,
     LISTED: tl.constexpr,
     COLUMNS: tl.constexpr,
+    POOLED: tl.constexpr,
+    RUN: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Attend one block of queries of one head: listed blocks, the diagonal, then columns.
+    """Attend one block of queries of one head: blocks, the diagonal, columns, then averages.
 
     Tiles are ``[BLOCK_M, BLOCK_D]`` of queries and ``[BLOCK_N, BLOCK_D]`` of keys and values. The
     accumulator, row sums and row maxima are float32 in registers; both products accumulate in
@@ -172,8 +185,8 @@ def _attention(
         key = key.to(tl.int64)
         acc, total, top = _tile(
             acc, total, top, q, k_head + key * k_t + k_tile, v_head + key * v_t + v_tile,
-            offsets < BLOCK_N, inside, True, scale,
-            SOFTCAP, LOG2_E, False, NARROW, False, UPCAST,
+            offsets < BLOCK_N, inside, True, 0.0, scale,
+            SOFTCAP, LOG2_E, False, NARROW, False, False, UPCAST,
         )  # fmt: skip
     if end > begin:
         last = tl.load(ids + end - 1) if LISTED else block
@@ -182,8 +195,8 @@ def _attention(
             key = (last * BLOCK_M + t * BLOCK_N).to(tl.int64)
             acc, total, top = _tile(
                 acc, total, top, q, k_head + key * k_t + k_tile, v_head + key * v_t + v_tile,
-                positions < length, inside, positions[None, :] <= rows[:, None], scale,
-                SOFTCAP, LOG2_E, True, NARROW, True, UPCAST,
+                positions < length, inside, positions[None, :] <= rows[:, None], 0.0, scale,
+                SOFTCAP, LOG2_E, True, NARROW, True, False, UPCAST,
             )  # fmt: skip
     if COLUMNS:
         begin = tl.load(column_offsets + lists)
@@ -199,8 +212,31 @@ def _attention(
                 acc, total, top, q,
                 k_head + positions[:, None] * k_t + channels[None, :] * k_d,
                 v_head + positions[:, None] * v_t + channels[None, :] * v_d,
-                listed, inside, listed[None, :] & (positions[None, :] <= rows[:, None]), scale,
-                SOFTCAP, LOG2_E, True, NARROW, True, UPCAST,
+                listed, inside, listed[None, :] & (positions[None, :] <= rows[:, None]), 0.0,
+                scale, SOFTCAP, LOG2_E, True, NARROW, True, False, UPCAST,
+            )  # fmt: skip
+    if POOLED:
+        begin = tl.load(pooled_offsets + lists)
+        end = tl.load(pooled_offsets + lists + 1)
+        if first >= length:
+            end = begin
+        ids = pooled_ids + program.to(tl.int64) * pooled_capacity
+        H_KV: tl.constexpr = H // GROUPS
+        head = (b * H_KV + h // GROUPS) * P * D  # contiguous, from the row's first real token on
+        k_head = pooled_keys + head
+        v_head = pooled_values + head
+        second = T // (2 * RUN) * RUN  # averages of 4 tokens begin here, those of 8 at third
+        third = second + T // (4 * RUN) * RUN
+        for t in range(begin * RUN, end * RUN, BLOCK_N):
+            listed = t + offsets < end * RUN
+            run = tl.load(ids + (t + offsets) // RUN, mask=listed, other=0)
+            numbers = run * RUN + (t + offsets) % RUN
+            level = tl.where(numbers >= third, 3.0, tl.where(numbers >= second, 2.0, 1.0))
+            tile = numbers[:, None].to(tl.int64) * D + channels[None, :]
+            acc, total, top = _tile(
+                acc, total, top, q, k_head + tile, v_head + tile,
+                listed, inside, listed[None, :], level,
+                scale, SOFTCAP, LOG2_E, True, NARROW, True, True, UPCAST,
             )  # fmt: skip
 
     real = (rows < length) & (total > 0.0)
@@ -214,7 +250,9 @@ def _attention(
     tl.store(pointers, acc, mask=writable[:, None] & inside[None, :])
 
 
-def launch_options(rows: int, head_dim: int, element_bytes: int, arch: int) -> dict[str, int]:
+def launch_options(
+    rows: int, head_dim: int, element_bytes: int, arch: int, pooled: bool = False
+) -> dict[str, int]:
     """Return key tile, warps and pipeline stages for one kind of call.
 
     Args:
@@ -224,11 +262,12 @@ def launch_options(rows: int, head_dim: int, element_bytes: int, arch: int) -> d
         arch: Compute capability times ten. Without wgmma (9.x) or tcgen05 (10.x) the products keep
             their operands in registers, which leaves room for half the keys; 8.6, 8.9 and 12.x
             have 99 KiB of shared memory.
+        pooled: Whether averages are read; on four warps that loop would spill registers.
     """
     row_bytes = head_dim * element_bytes
     datacenter = arch // 10 in (9, 10)
     tile = 64 if datacenter and row_bytes <= 512 else 32
-    warps = 4 if arch == 90 and rows == 64 and row_bytes <= 256 else 8
+    warps = 4 if arch == 90 and rows == 64 and row_bytes <= 256 and not pooled else 8
     deep = row_bytes <= 256 or (row_bytes <= 512 and (datacenter or arch == 80))
     return {"BLOCK_N": tile, "num_warps": warps, "num_stages": 2 if deep else 1}
 
@@ -251,26 +290,36 @@ def attend(
     """Launch the kernel; arguments and results are those of ``api.block_sparse_attention``.
 
     The output is contiguous. Nothing waits for the device. Cost: reads each query tile once and the
-    listed keys and values once per query block and head; no scratch memory.
+    listed keys and values once per query block and head; no scratch memory but the averages, 7/8 of
+    the keys and values, where the index lists any (twice as much with left padding).
     """
     (B, H, T, D), H_kv = query.shape, keys.shape[1]
     rows = DENSE_ROWS if index is None else index.block_size
     out = torch.empty(B, H, T, D, dtype=query.dtype, device=query.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
-    lists: list[Tensor | None] = [None] * 4
+    lists: list[Tensor | None] = [None] * 6
+    pooled: list[Tensor | None] = [None] * 2
     if index is not None:
-        tensors = (index.block_offsets, index.block_ids, index.column_offsets, index.column_ids)
+        tensors = (
+            index.block_offsets, index.block_ids, index.column_offsets, index.column_ids,
+            index.pooled_offsets, index.pooled_ids,
+        )  # fmt: skip
         lists = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    capacities = [0 if lists[i] is None else lists[i].shape[-1] for i in (1, 3)]
+        if index.pooled_ids is not None:
+            pooled = [averages(aligned(x, starts)) for x in (keys, values)]
+    capacities = [0 if lists[i] is None else lists[i].shape[-1] for i in (1, 3, 5)]
     padded = max(16, triton.next_power_of_2(D))
     _attention[(B * H, triton.cdiv(T, rows))](
-        query, keys, values, out, lse, starts, *lists,
-        *query.stride(), *keys.stride(), *values.stride(), *capacities, T,
+        query, keys, values, out, lse, starts, *lists, *pooled,
+        *query.stride(), *keys.stride(), *values.stride(), *capacities, sum(counts(T)), T,
         scaling if softcap else scaling * LOG2_E,
         H=H, GROUPS=H // H_kv, D=D, SOFTCAP=softcap or 0.0, LOG2_E=LOG2_E,
         HAS_STARTS=starts is not None, LISTED=index is not None, COLUMNS=lists[2] is not None,
+        POOLED=lists[4] is not None, RUN=RUN,
         UPCAST=query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
         BLOCK_M=rows, BLOCK_D=padded,
-        **launch_options(rows, padded, query.element_size(), _arch(query.device)),
+        **launch_options(
+            rows, padded, query.element_size(), _arch(query.device), lists[4] is not None
+        ),
     )  # fmt: skip
     return out, lse

@@ -49,9 +49,10 @@ def lut_linear(
     if implementation != Implementation.TRITON:
         raise ValueError("implementation auto is resolved while planning, not at run time")
     _check_triton(x)
-    from squeeze.kernels.lut_linear import triton
+    from squeeze.kernels.lut_linear import outliers_triton, triton
 
-    return triton.lut_linear(x, weight, bias)
+    y = triton.lut_linear(x, weight, bias)
+    return y if weight.outlier_values is None else outliers_triton.add_outliers(x, weight, y)
 
 
 def _check(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> None:

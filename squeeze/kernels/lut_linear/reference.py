@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from squeeze.kernels import bits
+from squeeze.kernels.lut_linear.outliers import corrections
 from squeeze.types import ClusteredWeight
 
 
 def reconstruct(weight: ClusteredWeight) -> Tensor:
     """Look up every index: ``W[o, i] = codebook[o / rows, i / columns, index[o, i]] * scale[o]``.
+
+    Corrections of single weights are added to that.
 
     Args:
         weight: Any granularity and width.
@@ -25,7 +28,9 @@ def reconstruct(weight: ClusteredWeight) -> Tensor:
     column = torch.arange(in_features, device=indices.device) // weight.columns
     first = (row.unsqueeze(1) * blocks + column) * codes  # [out, in]
     dense = weight.codebook.reshape(groups * blocks * codes).float()[first + indices]
-    return dense if weight.scale is None else dense * weight.scale.float().unsqueeze(1)
+    dense = dense if weight.scale is None else dense * weight.scale.float().unsqueeze(1)
+    added = corrections(weight)
+    return dense if added is None else dense + added
 
 
 def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None = None) -> Tensor:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from squeeze.errors import UnsupportedError
-from squeeze.kernels import bits as packing
-from squeeze.kernels.kmeans1d.api import kmeans1d
+from squeeze.quant.weights._outliers import SparsePalette
 from squeeze.registry import register
 from squeeze.types import ClusteredWeight
 
-LIMIT = 127  # symmetric int8 entries
 DAMPING = 0.02  # share of the row's mean importance added to every weight
-STEPS = 48  # candidate scales per codebook, down to 70% of the largest
-REFITS = 3  # rounds of scale, entries and indices against one another
 
 
 @register(source="https://arxiv.org/abs/2306.07629", year=2023)
 @dataclass(frozen=True)
-class KMeans:
+class KMeans(SparsePalette):
     """Cluster weights exactly, each weighted by how much the loss depends on it (SqueezeLLM).
 
     Minimises ``sum_i F_i (w_i - c(i))^2`` over codebooks of ``2**bits`` entries, where F is the
@@ -36,6 +31,7 @@ class KMeans:
             of 8 rows by 64 columns.
         rows_per_codebook: Rows of a block when granularity is ``rows``.
         entries: ``float16`` entries, or ``int8`` entries times a float16 scale per output row.
+        sparse_outliers: See ``SparsePalette``.
         importance: Weight errors by the Fisher diagonal, or equally.
 
     Source: S. Kim et al. 2023, SqueezeLLM, https://arxiv.org/abs/2306.07629, section 4.1; exact
@@ -44,13 +40,9 @@ class KMeans:
     Differs: the clustering is a global optimum and not k-means++ with restarts; 8-bit entries with
         a row scale, refitted together with the indices; granularities other than a row; a share of
         the row's mean importance is added to every weight, because a calibration set that is
-        silent about a weight does not make it free; no sparse outliers.
+        silent about a weight does not make it free; sparse outliers are what errs most.
     """
 
-    bits: Annotated[int, Field(ge=1, le=8)] = 4
-    granularity: Literal["tensor", "rows", "row", "tile"] = "row"
-    rows_per_codebook: Annotated[int, Field(ge=1)] = 8
-    entries: Literal["float16", "int8"] = "int8"
     importance: Literal["fisher", "none"] = "fisher"
 
     @property
@@ -58,12 +50,14 @@ class KMeans:
         """Calibration statistics that ``fit`` takes as importance."""
         return () if self.importance == "none" else (self.importance,)
 
-    def fit(self, weight: Tensor, importance: Tensor | None = None) -> ClusteredWeight:
+    def fit(
+        self, weight: Tensor, statistics: Mapping[str, Tensor] | None = None
+    ) -> ClusteredWeight:
         """Choose codebooks, scales and indices of one weight matrix.
 
         Args:
             weight: ``[out, in]``, any floating dtype, finite.
-            importance: ``[out, in]``, at least 0; not read when importance is ``none``.
+            statistics: Holds the importance, ``[out, in]``, at least 0, unless that is ``none``.
         Returns:
             The packed weight, on the device of ``weight``.
         Raises:
@@ -71,78 +65,11 @@ class KMeans:
             UnsupportedError: see ``check``.
         Cost: one exact clustering; about 30 float64 working values per weight in flight.
         """
-        out_features, in_features = weight.shape
-        self.check(out_features, in_features)
+        self.check(weight.shape[0], weight.shape[1])
         dense = weight.detach().float()
+        importance = (statistics or {}).get(self.importance)
         mass = self._mass(dense, importance)
-        rows, columns = self._sharing(out_features, in_features)
-        values, mass = _split(dense, rows, columns), _split(mass, rows, columns)
-        fit = _fit_scaled if self.entries == "int8" else _fit_plain
-        indices, codebook, scale = fit(values, mass, 2**self.bits)
-        indices = _join(indices, out_features, in_features)
-        indices = torch.nn.functional.pad(indices, (0, -in_features % 32))
-        if scale is not None:
-            scale = scale[:, 0].flatten()[:out_features].contiguous()
-        return ClusteredWeight(
-            packing.pack(indices, self.bits),
-            codebook.contiguous(),
-            scale,
-            self.bits,
-            (out_features, in_features),
-            rows,
-            columns,
-        )
-
-    def empty(
-        self, out_features: int, in_features: int, device: torch.device | str
-    ) -> ClusteredWeight:
-        """Allocate a packed weight of these parameters with undefined contents."""
-        rows, columns = self._sharing(out_features, in_features)
-        words = packing.words(-(-in_features // 32) * 32, self.bits)
-        groups = (-(-out_features // rows), -(-in_features // columns))
-        scaled = self.entries == "int8"
-        entries = torch.int8 if scaled else torch.float16
-        return ClusteredWeight(
-            torch.empty(out_features, words, dtype=torch.int32, device=device),
-            torch.empty(*groups, 2**self.bits, dtype=entries, device=device),
-            torch.empty(out_features, dtype=torch.float16, device=device) if scaled else None,
-            self.bits,
-            (out_features, in_features),
-            rows,
-            columns,
-        )
-
-    def shape_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes that a matrix of this shape will take, all tensors included."""
-        return self.empty(out_features, in_features, "meta").nbytes
-
-    def shape_bits(self, out_features: int, in_features: int) -> float:
-        """Effective bits per weight of a matrix of this shape."""
-        return self.empty(out_features, in_features, "meta").effective_bits
-
-    def check(self, out_features: int, in_features: int) -> None:
-        """Refuse shapes on which this would not save anything.
-
-        Raises:
-            UnsupportedError: codebooks and indices take 16 bits per weight or more.
-        """
-        effective = self.shape_bits(out_features, in_features)
-        if effective >= 16:
-            raise UnsupportedError(
-                f"kmeans on a [{out_features}, {in_features}] weight",
-                f"{effective:.1f} effective bits per weight, codebooks included",
-                "less than 16",
-                "Choose fewer bits or a coarser granularity, or ignore this module",
-            )
-
-    def _sharing(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Rows and columns that share one codebook."""
-        return {
-            "tensor": (out_features, in_features),
-            "rows": (min(self.rows_per_codebook, out_features), in_features),
-            "row": (1, in_features),
-            "tile": (8, 64),
-        }[self.granularity]
+        return self.spare(lambda rest: self.pack(*self.cluster(rest, mass)), dense, mass)
 
     def _mass(self, dense: Tensor, importance: Tensor | None) -> Tensor:
         """Damped importance, ``[out, in]``."""
@@ -156,115 +83,3 @@ class KMeans:
         mass = mass / mass.mean().clamp(min=1e-30)
         mean = mass.mean(1, keepdim=True)
         return mass + DAMPING * torch.where(mean > 0, mean, 1.0)
-
-
-def _split(x: Tensor, rows: int, columns: int) -> Tensor:
-    """View ``[out, in]`` as blocks ``[G, B, rows, columns]``, zero-padded at the far edges."""
-    x = torch.nn.functional.pad(x, (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
-    return x.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).transpose(1, 2)
-
-
-def _join(blocks: Tensor, out_features: int, in_features: int) -> Tensor:
-    """Undo ``_split``."""
-    return blocks.transpose(1, 2).flatten(2, 3).flatten(0, 1)[:out_features, :in_features]
-
-
-def _cluster(values: Tensor, mass: Tensor, clusters: int) -> Tensor:
-    """Exact centroids of every block: ``[G, B, rows, columns]`` to ``[G, B, clusters]``."""
-    flat, weights = values.flatten(2).flatten(0, 1), mass.flatten(2).flatten(0, 1)
-    return kmeans1d(flat, weights, clusters=clusters)[0].view(*values.shape[:2], clusters)
-
-
-def _assign(values: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest entry of each block's ascending codebook, uint8, like ``values``."""
-    middles = ((codebook[..., 1:] + codebook[..., :-1]) / 2).contiguous()
-    found = torch.searchsorted(middles, values.flatten(2).contiguous())
-    return found.view(values.shape).to(torch.uint8)
-
-
-def _fit_plain(values: Tensor, mass: Tensor, clusters: int) -> tuple[Tensor, Tensor, None]:
-    """Cluster the weights themselves; entries are the centroids in float16."""
-    codebook = _cluster(values, mass, clusters).half()
-    return _assign(values, codebook.float()), codebook, None
-
-
-def _fit_scaled(values: Tensor, mass: Tensor, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cluster rows in units of their scale, round the entries, then refit all three in turn.
-
-    Returns:
-        indices uint8 ``[G, B, rows, columns]``, entries int8 ``[G, B, K]``, and the scale float16
-        ``[G, B, rows]``, equal for all B (a row has one scale).
-    """
-    scale = _representable(values.abs().amax(dim=(1, 3)) / LIMIT)[:, None, :, None]
-    units = mass * scale.square()
-    centroids = _cluster(values / scale, units, clusters)
-    indices = _assign(values / scale, centroids)
-    factor = _best_factor(centroids, _per_code(units, indices, clusters))
-    scale = _representable(scale * factor[:, :, None, None])
-    entries = _round(centroids / factor[..., None])
-    indices = _assign(values / scale, entries)
-    best = _error(values, mass, scale, entries, indices)
-    for _ in range(REFITS):
-        decoded = _decode(entries, indices)
-        ratio = (mass * values * decoded).sum((1, 3), keepdim=True)
-        power = (mass * decoded.square()).sum((1, 3), keepdim=True)
-        trial_scale = _representable(torch.where(ratio > 0, ratio / power, scale))
-        units = mass * trial_scale.square()
-        weight = _per_code(units, indices, clusters)
-        moment = _per_code(units * values / trial_scale, indices, clusters)
-        trial = torch.where(weight > 0, moment / weight, entries)
-        trial = _round(trial).sort(-1).values
-        trial_indices = _assign(values / trial_scale, trial)
-        error = _error(values, mass, trial_scale, trial, trial_indices)
-        better = (error < best)[:, None, None]
-        best = torch.minimum(error, best)
-        entries = torch.where(better, trial, entries)
-        scale = torch.where(better[..., None], trial_scale, scale)
-        indices = torch.where(better[..., None], trial_indices, indices)
-    return indices, entries.to(torch.int8), scale[..., 0].expand(-1, 1, -1).half()
-
-
-def _best_factor(centroids: Tensor, weight: Tensor) -> Tensor:
-    """Factor on the scales under which rounding the centroids costs least, ``[G, 1]``.
-
-    Centroids are in units of the scale, at most 127; one factor serves all blocks of the rows.
-    """
-    peak = centroids.abs().amax((1, 2)).clamp(min=1e-6) / LIMIT
-    best = torch.full_like(peak, torch.inf)
-    result = peak.clone()
-    for share in torch.linspace(1.0, 1 / 0.7, STEPS).tolist():
-        factor = peak * share
-        rounded = _round(centroids / factor[:, None, None]) * factor[:, None, None]
-        error = (weight * (centroids - rounded).square()).sum((1, 2))
-        result = torch.where(error < best, factor, result)
-        best = torch.minimum(error, best)
-    return result[:, None]
-
-
-def _per_code(x: Tensor, indices: Tensor, clusters: int) -> Tensor:
-    """Sum ``x`` over the values of each entry: ``[G, B, K]``."""
-    sums = x.new_zeros(*x.shape[:2], clusters)
-    return sums.scatter_add_(2, indices.flatten(2).long(), x.flatten(2))
-
-
-def _decode(entries: Tensor, indices: Tensor) -> Tensor:
-    """Look entries up."""
-    return entries.gather(2, indices.flatten(2).long()).view(indices.shape)
-
-
-def _error(values: Tensor, mass: Tensor, scale: Tensor, entries: Tensor, indices: Tensor) -> Tensor:
-    """Weighted squared error of every row of blocks, ``[G]``."""
-    return (mass * (values - scale * _decode(entries, indices)).square()).sum((1, 2, 3))
-
-
-def _round(entries: Tensor) -> Tensor:
-    """Round to int8 values, kept in float32."""
-    return entries.round().clamp(-LIMIT, LIMIT)
-
-
-def _representable(scale: Tensor) -> Tensor:
-    """Round to what float16 and bfloat16 both hold, at least 2**-24, kept in float32.
-
-    Both, so that formats which keep scales in the model's dtype carry the same weights.
-    """
-    return scale.clamp(2.0**-24, 65000.0).bfloat16().half().float()

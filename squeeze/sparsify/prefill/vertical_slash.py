@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from squeeze.registry import register
+from squeeze.sparsify.estimate import block_diagonals, sampled_weights
 from squeeze.sparsify.index import compact
 from squeeze.types import BlockIndex
 
@@ -137,47 +138,3 @@ class VerticalSlash:
         keep = ~covered.gather(-1, away.flatten(-2)).view(away.shape) & real
         capacity = sum(min(columns.shape[-1], max(0, row - 1) * size) for row in range(N))
         return BlockIndex(size, offsets, ids, *compact(columns[:, :, None], keep, capacity))
-
-
-def sampled_weights(
-    query: Tensor,
-    keys: Tensor,
-    starts: Tensor,
-    scaling: float,
-    softcap: float | None,
-    rows: range,
-) -> Tensor:
-    """Return the attention of the queries of tokens ``rows``, float32 ``[B, H, R, T]``.
-
-    Rows and columns of padding are 0.
-    """
-    (B, H, T, D), H_kv = query.shape, keys.shape[1]
-    sampled = query[:, :, rows.start : rows.stop : rows.step].float() * scaling
-    scores = sampled.reshape(B, H_kv, -1, D) @ keys.float().mT  # [B, H_kv, G * R, T]
-    scores = scores.view(B, H, -1, T)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    tokens = torch.arange(T, device=query.device)
-    own = tokens[rows.start : rows.stop : rows.step, None]
-    hidden = (tokens > own) | (tokens < starts[:, None, None])
-    hidden = hidden[:, None]  # [B, 1, R, T]
-    weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-    return weights.masked_fill_(hidden, 0.0)
-
-
-def block_diagonals(weights: Tensor, rows: range, size: int) -> Tensor:
-    """Return the mass that each block diagonal would compute, ``[B, H, ceil(T / size)]``.
-
-    ``weights [B, H, R, T]`` belong to the tokens ``rows``. Offset o lies in the block diagonals at
-    o // size and the next one, in proportion to its overlap with them.
-    """
-    B, H, R, T = weights.shape
-    shift = T - 1 - rows[0]
-    width = T + shift
-    # Row r, read from rows[r] - rows[0] on, has each offset in the same column as every other row.
-    skewed = pad(weights, (shift, 0)).as_strided(
-        (B, H, R, T), (H * R * width, R * width, width + rows.step, 1)
-    )
-    offsets = pad(skewed.sum(2).flip(-1), (0, -T % size)).unflatten(-1, (-1, size))
-    farther = torch.arange(size, device=weights.device) / size
-    return offsets @ (1 - farther) + pad((offsets @ farther)[..., :-1], (1, 0))

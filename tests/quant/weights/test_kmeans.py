@@ -16,7 +16,7 @@ def matrix(out_features, in_features, seed=0):
 
 
 def loss(weight, importance, method):
-    error = reconstruct(method.fit(weight, importance)) - weight
+    error = reconstruct(method.fit(weight, {"fisher": importance})) - weight
     return float((importance * error.square()).sum())
 
 
@@ -25,7 +25,8 @@ def loss(weight, importance, method):
 @pytest.mark.parametrize("shape", [(16, 128), (13, 100)])
 def test_sizes_are_known_before_fitting(granularity, entries, shape):
     method = KMeans(bits=3, granularity=granularity, entries=entries)
-    fitted, empty = method.fit(*matrix(*shape)), method.empty(*shape, "meta")
+    weight, importance = matrix(*shape)
+    fitted, empty = method.fit(weight, {"fisher": importance}), method.empty(*shape, "meta")
     assert fitted.effective_bits == method.shape_bits(*shape)
     assert fitted.nbytes == method.shape_bytes(*shape)
     for name in ("indices", "codebook", "scale"):
@@ -88,15 +89,15 @@ def test_few_values_are_reproduced(entries):
 def test_zero_rows_stay_zero(granularity):
     weight, importance = matrix(9, 128)
     weight[4] = 0
-    dense = reconstruct(KMeans(bits=4, granularity=granularity).fit(weight, importance))
+    dense = reconstruct(KMeans(bits=4, granularity=granularity).fit(weight, {"fisher": importance}))
     assert dense.isfinite().all()
     assert dense[4].abs().max() < 1e-4
 
 
 def test_fit_does_not_depend_on_other_rows():
     weight, importance = matrix(8, 96)
-    whole = reconstruct(KMeans(bits=3).fit(weight, importance))
-    half = reconstruct(KMeans(bits=3).fit(weight[:4], importance[:4]))
+    whole = reconstruct(KMeans(bits=3).fit(weight, {"fisher": importance}))
+    half = reconstruct(KMeans(bits=3).fit(weight[:4], {"fisher": importance[:4]}))
     torch.testing.assert_close(whole[:4], half, rtol=2e-2, atol=1e-5)
 
 

@@ -1,0 +1,101 @@
+"""Check a call of the integer linear layer and hand it to the chosen implementation."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from squeeze.errors import DeviceError
+from squeeze.kernels import bits
+from squeeze.kernels.integer_linear import reference
+from squeeze.types import Implementation, IntegerWeight
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def reconstruct(weight: IntegerWeight) -> Tensor:
+    """Return the dense weight the codes stand for, float32 ``[out, in]``."""
+    return reference.reconstruct(weight)
+
+
+def signed_codes(weight: IntegerWeight) -> tuple[Tensor, Tensor]:
+    """Return codes and zeros less ``2**(bits - 1)``, int8 ``[out, in]`` and ``[out, groups]``."""
+    middle = 2 ** (weight.bits - 1)
+    both = (reference.codes(weight), reference.zeros(weight))
+    codes, zeros = ((x.to(torch.int16) - middle).to(torch.int8) for x in both)
+    return codes, zeros
+
+
+def integer_linear(
+    x: Tensor,
+    weight: IntegerWeight,
+    bias: Tensor | None = None,
+    *,
+    implementation: Implementation = Implementation.REFERENCE,
+) -> Tensor:
+    """Compute ``x @ W.T + bias`` where ``W`` is packed integers with a scale per group.
+
+    Args:
+        x: ``[..., in]``, float16, bfloat16 or float32; the reference also takes float64.
+        weight: ``[out, in]`` on the device of ``x``.
+        bias: ``[out]`` or ``None``.
+        implementation: ``reference`` forms the dense weight of this layer for the call; ``triton``
+            decodes tiles in registers. ``auto`` belongs to the plan and is refused here.
+    Returns:
+        ``[..., out]`` in the dtype of ``x``.
+    Raises:
+        ValueError: shapes, dtypes, devices that do not fit, or ``auto``.
+        DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
+    Cost: ``weight.nbytes`` read per call by Triton; plus one dense weight by the reference.
+    """
+    _check(x, weight, bias)
+    if implementation == Implementation.REFERENCE:
+        return reference.integer_linear(x, weight, bias)
+    if implementation != Implementation.TRITON:
+        raise ValueError("implementation auto is resolved while planning, not at run time")
+    _check_triton(x)
+    from squeeze.kernels.integer_linear import triton
+
+    return triton.integer_linear(x, weight, bias)
+
+
+def _check(x: Tensor, weight: IntegerWeight, bias: Tensor | None) -> None:
+    """Refuse tensors that contradict one another."""
+    out_features, in_features = weight.shape
+    groups = -(-in_features // weight.group_size)
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x ends in {x.shape[-1]} channels, the weight takes {in_features}")
+    words = groups * bits.words(weight.group_size, weight.bits)
+    expected = {
+        "codes": (weight.codes, (out_features, words)),
+        "scale": (weight.scale, (out_features, groups)),
+        "zero": (weight.zero, (out_features, groups)),
+        "exponents": (weight.exponents, (in_features,)),
+        "bias": (bias, (out_features,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, not {shape}")
+    if weight.codes.device != x.device:
+        raise ValueError(f"x is on {x.device}, the weight on {weight.codes.device}")
+
+
+def _check_triton(x: Tensor) -> None:
+    """Refuse what the kernel cannot run; nothing falls back by itself."""
+    if importlib.util.find_spec("triton") is None:
+        raise DeviceError(
+            "integer_linear", "implementation triton", "reference", "Install the triton package"
+        )
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise DeviceError(
+            "integer_linear",
+            f"implementation triton on device {x.device.type}",
+            "a CUDA device",
+            "Choose implementation: reference to run here",
+        )
+    if x.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise DeviceError("integer_linear", f"implementation triton for {x.dtype}", allowed)

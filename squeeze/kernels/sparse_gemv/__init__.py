@@ -1,0 +1,1 @@
+"""Linear layer that reads only the columns whose input is large enough."""

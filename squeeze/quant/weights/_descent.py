@@ -1,0 +1,156 @@
+"""Least squares in codebook entries and descent over indices, for errors measured by a Hessian.
+
+Shapes: R rows, n columns, K entries. Rows stand in S equal groups in order, each of which has a
+Hessian ``[n, n]``; S = 1 where one serves all. A table ``[R, B, K]`` holds what each index of a row
+stands for in each of its B runs of ``columns`` columns. Everything is float32, indices int64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # columns visited between two updates of the whole gradient
+WORKING = 2**24  # float32 values in flight while codebooks are fitted
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """Scale ``[S, n, n]`` to a mean diagonal of one, and add a share of that to the diagonal.
+
+    Columns that calibration never saw keep a curvature; a zero Hessian becomes the identity.
+    """
+    size = hessian.shape[-1]
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    unit = torch.where(mean > 0, hessian / mean.clamp(min=1e-30), 0.0)
+    return unit + damping * torch.eye(size, device=hessian.device) * torch.where(
+        mean > 0, 1.0, 1.0 / damping
+    )
+
+
+def times(x: Tensor, hessian: Tensor) -> Tensor:
+    """Multiply rows ``[R, m]`` by the ``[S, m, n]`` of their groups."""
+    return (x.view(len(hessian), -1, x.shape[1]) @ hessian).flatten(0, 1)
+
+
+def loss(error: Tensor, hessian: Tensor) -> Tensor:
+    """``e^T H e`` of every row, ``[R]``."""
+    return (times(error, hessian) * error).sum(1)
+
+
+def look_up(table: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """Read ``[R, n]`` out of a table."""
+    run = torch.arange(indices.shape[1], device=indices.device) // columns
+    return table.flatten(1).gather(1, indices + run * table.shape[2])
+
+
+def descend(
+    weight: Tensor, hessian: Tensor, table: Tensor, indices: Tensor, columns: int, cycles: int
+) -> Tensor:
+    """Give each weight in turn the entry that lowers the loss most, all others held.
+
+    With the others held, the loss of a row is a parabola in one weight, whose best entry is the one
+    nearest to its vertex: no step raises the loss. Rows do not interact and move together.
+    Within a block only the block's gradient is kept up to date; the rest follows by one product.
+
+    Args:
+        weight: ``[R, n]``.
+        hessian: ``[S, n, n]``, positive diagonal.
+        table: ``[R, B, K]``, ascending.
+        indices: ``[R, n]``, where to start.
+        columns: Columns of a run.
+        cycles: Passes over all columns; a pass that changes nothing is the last.
+    Returns:
+        The new indices.
+    Cost: 2 R n^2 multiplications a cycle, about ten small operations a column, O(R n) memory.
+    """
+    groups, size = len(hessian), weight.shape[1]
+    tables = table.view(groups, -1, *table.shape[1:])
+    middles = (tables[..., 1:] + tables[..., :-1]) / 2
+    curvature = hessian.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    # Columns first: the steps below read and write whole columns.
+    found = indices.view(groups, -1, size).permute(2, 0, 1).contiguous()
+    values = look_up(table, indices, columns).view(groups, -1, size).permute(2, 0, 1).contiguous()
+    dense = weight.view(groups, -1, size).permute(2, 0, 1)
+    for _ in range(cycles):
+        before = found.clone()
+        gradient = _spread(values - dense, hessian)
+        for first in range(0, size, BLOCK):
+            part = slice(first, min(first + BLOCK, size))
+            local, old = gradient[part].clone(), values[part].clone()
+            near = hessian[:, part, part].permute(1, 2, 0).unsqueeze(-1).contiguous()
+            for i in range(len(local)):
+                column = first + i
+                vertex = values[column] - local[i] / curvature[:, column]
+                run = column // columns
+                code = (vertex.unsqueeze(-1) > middles[:, :, run]).sum(-1)
+                value = tables[:, :, run].gather(-1, code.unsqueeze(-1)).squeeze(-1)
+                local[i + 1 :] += near[i, i + 1 :] * (value - values[column])
+                values[column], found[column] = value, code
+            gradient += _spread(values[part] - old, hessian[:, part])
+        if torch.equal(before, found):
+            break
+    return found.permute(1, 2, 0).reshape(weight.shape)
+
+
+def _spread(change: Tensor, hessian: Tensor) -> Tensor:
+    """Gradient ``[n, S, r]`` that a change ``[m, S, r]`` makes, through ``[S, m, n]``."""
+    return (hessian.mT @ change.transpose(0, 1)).transpose(0, 1)
+
+
+def normal(
+    hessian: Tensor, gradient: Tensor, scale: Tensor, indices: Tensor, entries: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Normal equations of the entries that ``rows`` rows share over one run of columns.
+
+    Args:
+        hessian: The run's ``[S, m, m]``.
+        gradient: Its part of the gradient, ``[R, m]``.
+        scale: What multiplies the entries in each row, ``[R]``.
+        indices: Its part, ``[R, m]``.
+        entries: K.
+        rows: Rows sharing a codebook; the last block may be short.
+    Returns:
+        ``[G, K, K]`` and ``[G, K]``: the loss's curvature and half its slope in the entries.
+    """
+    groups, size = len(hessian), indices.shape[1]
+    height = len(indices) // groups
+    blocks = -(-len(indices) // rows)
+    matrix = gradient.new_zeros(blocks, entries, entries)
+    slope = gradient.new_zeros(blocks, entries)
+    step = max(1, WORKING // (entries * size))
+    for group in range(groups):
+        for first in range(group * height, (group + 1) * height, step):
+            part = slice(first, min(first + step, (group + 1) * height))
+            member = (
+                torch.nn.functional.one_hot(indices[part], entries).mT * scale[part, None, None]
+            )
+            owner = torch.arange(part.start, part.stop, device=scale.device) // rows
+            matrix.index_add_(0, owner, member @ hessian[group] @ member.mT)
+            slope.index_add_(0, owner, (member @ gradient[part, :, None]).squeeze(-1))
+    return matrix, slope
+
+
+def solve(matrix: Tensor, slope: Tensor) -> Tensor:
+    """Step to the least loss; entries that no index names stay where they are.
+
+    A ridge of 1e-6 of the mean curvature keeps near-singular systems near the present entries.
+    """
+    size = matrix.shape[-1]
+    mean = matrix.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    ridge = 1e-6 * mean[:, None, None] * torch.eye(size, device=matrix.device)
+    return -torch.linalg.solve((matrix + ridge).double(), slope.double()).float()
+
+
+def round_entries(entries: Tensor, matrix: Tensor, limit: int) -> Tensor:
+    """Round ``[G, K]`` to integers, each making up for the rounding of those before it."""
+    curvature = matrix.diagonal(dim1=1, dim2=2)
+    result = entries.round().clamp(-limit, limit)
+    for _ in range(2):
+        for k in range(entries.shape[1]):
+            pull = (matrix[:, k] * (result - entries)).sum(1) - curvature[:, k] * (
+                result[:, k] - entries[:, k]
+            )
+            best = entries[:, k] - pull / curvature[:, k].clamp(min=1e-30)
+            used = curvature[:, k] > 0
+            result[:, k] = torch.where(used, best, entries[:, k]).round().clamp(-limit, limit)
+    return result

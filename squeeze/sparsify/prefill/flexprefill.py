@@ -1,0 +1,152 @@
+"""Pooled blocks for heads whose pooled estimate can be trusted, lines and diagonals for others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+from torch.nn.functional import pad
+
+from squeeze.registry import register
+from squeeze.sparsify.estimate import (
+    aligned,
+    block_diagonals,
+    block_means,
+    causal_softmax,
+    row_lengths,
+    sampled_weights,
+    scores,
+)
+from squeeze.sparsify.selection import list_blocks, mass_floor
+from squeeze.types import BlockIndex
+
+
+@register(source="https://arxiv.org/abs/2502.20766", year=2025)
+@dataclass(frozen=True)
+class Flexprefill:
+    """Choose per head between query-aware blocks and vertical lines with diagonals (FlexPrefill).
+
+    The prompt's last block_size queries give each block of keys its true attention a and the
+    attention b = softmax(scaling * mean(q) . mean(K_j)) that pooling expects. A head whose
+    sqrt(JSD(a, b)) < ``threshold`` reads the fewest blocks of the whole pooled map that hold
+    ``mass`` of it. Any other head reads vertical lines and diagonals, both one block wide: the
+    fewest that hold ``mass`` of the last queries' attention. The best ``min_budget`` tokens of
+    lines, and as many of diagonals, are read by all heads.
+
+    Args:
+        mass: Share of the attention to read, gamma; 1 reads everything.
+        threshold: Divergence below which a head trusts its pooled map, tau, in 0..0.83.
+        min_budget: Width of the lines, and of the diagonals, that every head reads, in tokens.
+        max_density: Most of its causal blocks that a query block may list, required ones first,
+            then by pooled weight; at least 16 blocks.
+        block_size: Tokens per block of the index.
+        min_length: Shorter prompts are attended densely.
+    Cost: block_size * T + (T / block_size)^2 products of head size per head.
+    Source: Lai et al. 2025, https://arxiv.org/abs/2502.20766, algorithms 1 to 4.
+    Differs: columns and offsets are pooled into blocks before the fewest are counted; an offset
+        belongs to the two block diagonals that it crosses; the pooled map's floor comes from a
+        histogram instead of a sort of all pairs; a bound on the list; blocks of 64 by default; the
+        minimum is 256 tokens, not 1024.
+    """
+
+    mass: Annotated[float, Gt(0), Le(1)] = 0.9
+    threshold: Annotated[float, Ge(0), Le(1)] = 0.1
+    min_budget: Annotated[int, Ge(0)] = 256
+    max_density: Annotated[float, Gt(0), Le(1)] = 0.5
+    block_size: Literal[64, 128] = 64
+    min_length: Annotated[int, Ge(1)] = 1024
+    statistics: ClassVar[tuple[str, ...]] = ()
+
+    def index(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        starts: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> BlockIndex:
+        """Judge every head, find its blocks or its lines, and list.
+
+        Args:
+            query: After RoPE, ``[B, H, T, D]``.
+            keys: After RoPE, ``[B, H_kv, T, D]``.
+            starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
+            scaling: Multiplies the dot products.
+            softcap: Bounds the scores, or ``None``.
+        Returns:
+            Blocks per query head, made without waiting for the device.
+        """
+        size, (H, T) = self.block_size, query.shape[1:3]
+        lengths = row_lengths(query, starts)
+        q, k = (block_means(aligned(x, starts, size), lengths, size) for x in (query, keys))
+        rows = range(max(0, T - size), T)
+        weights = sampled_weights(query, keys, T - lengths, scaling, softcap, rows)
+        lines = self._lines(weights, starts) / (lengths.clamp(max=size)[:, None, None])
+        diagonals = block_diagonals(weights, rows, size)
+        expected = self._expected(query, k, lengths, scaling, softcap)
+        trusted = root_divergence(lines, expected) < self.threshold  # [B, H]
+        vertical, slash = (self._cover(x, trusted) for x in (lines, diagonals))
+
+        def weigh(rows: range) -> Tensor:
+            logits = scores(q[:, :, rows.start : rows.stop], k[:, :, : rows.stop], scaling, softcap)
+            return causal_softmax(logits, rows)
+
+        def lines_and_diagonals(rows: range) -> Tensor:
+            i = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+            away = (i - torch.arange(rows.stop, device=q.device)).clamp(min=0)
+            return vertical[:, :, None, : rows.stop] | slash[:, :, away]
+
+        N = q.shape[2]
+        floor = mass_floor(weigh, lengths, size, N, heads=H, mass=self.mass)
+        return list_blocks(
+            weigh,
+            lengths,
+            size,
+            N,
+            heads=H,
+            share=self.max_density,
+            floor=floor.masked_fill(~trusted[..., None, None], torch.inf),
+            require=lines_and_diagonals,
+        )
+
+    def _lines(self, weights: Tensor, starts: Tensor | None) -> Tensor:
+        """Sum the sampled queries' attention to each block of keys, ``[B, H, N]``."""
+        columns = aligned(
+            weights.sum(-2)[..., None], starts, self.block_size
+        )  # [B, H, N * size, 1]
+        return columns.unflatten(2, (-1, self.block_size)).sum((3, 4))
+
+    def _expected(
+        self, query: Tensor, k: Tensor, lengths: Tensor, scaling: float, softcap: float | None
+    ) -> Tensor:
+        """Return the attention of the last queries' mean to the means of keys, ``[B, H, N]``."""
+        last = query[:, :, -self.block_size :].float()  # [B, H, R, D]
+        age = torch.arange(last.shape[2], 0, -1, device=query.device)
+        real = (age <= lengths[:, None])[:, None, :, None]
+        mean = (last * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
+        blocks = torch.arange(k.shape[2], device=query.device)
+        hidden = (blocks * self.block_size >= lengths[:, None])[:, None]
+        logits = scores(mean, k, scaling, softcap).squeeze(2)
+        return logits.masked_fill(hidden, -torch.inf).softmax(-1)
+
+    def _cover(self, weights: Tensor, trusted: Tensor) -> Tensor:
+        """Mark the fewest blocks that hold ``mass``, or the least budget, bool ``[B, H, N]``."""
+        values, order = weights.sort(dim=-1, descending=True, stable=True)
+        before = pad(values.cumsum(-1)[..., :-1], (1, 0))
+        needed = before < self.mass * values.sum(-1, keepdim=True)
+        if self.mass == 1.0:
+            needed = torch.ones_like(needed)
+        rank = torch.arange(weights.shape[-1], device=weights.device)
+        taken = (needed & ~trusted[..., None]) | (rank * self.block_size < self.min_budget)
+        return torch.zeros_like(taken).scatter_(-1, order, taken)
+
+
+def root_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Return the square root of the Jensen-Shannon divergence, in nats, over the last dimension."""
+    m = (p + q) / 2
+    half = torch.where(m > 0, m, 1.0)
+    halves = torch.xlogy(p, p / half) + torch.xlogy(q, q / half)
+    return (halves.sum(-1) / 2).clamp(min=0).sqrt()

@@ -1,0 +1,105 @@
+"""Chunks that single queries ask for: mixture of block attention, without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+
+from squeeze.registry import register
+from squeeze.sparsify.estimate import aligned, block_counts, block_means, row_lengths, scores
+from squeeze.sparsify.selection import PAIR_BYTES, list_blocks
+from squeeze.types import BlockIndex
+
+
+@register(source="https://arxiv.org/abs/2502.13189", year=2025)
+@dataclass(frozen=True)
+class Moba:
+    """Route every query to the chunks of keys whose mean it meets best (MoBA).
+
+    Token t reads its own chunk, up to t, and among the chunks before it the ``top_k - 1`` with the
+    largest gate q[t] . mean(K_chunk). A block of queries reads every chunk that one of its queries
+    was routed to, those of most queries first, until its budget is spent, and block 0.
+
+    Args:
+        top_k: Chunks per query, its own included.
+        chunk_size: Tokens that share a gate.
+        max_density: Most of its causal blocks that a query block may list; at least 16 blocks.
+        block_size: Tokens per block of the index.
+        min_length: Shorter prompts are attended densely.
+    Cost: T^2 / (2 chunk_size) products of head size per head; segments of 256 MiB while routing.
+    Source: Lu et al. 2025, https://arxiv.org/abs/2502.13189, section 2.2, equations 5 to 8;
+        small chunks: FlashMoBA, https://arxiv.org/abs/2511.11571.
+    Differs: the model was not trained with it. The union over a block of queries is read by all of
+        them, so a query reads more than its own chunks, unless the budget cuts chunks that few
+        asked for; block 0 is always read; chunks of 128 tokens, not thousands.
+    """
+
+    top_k: Annotated[int, Ge(1)] = 8
+    chunk_size: Literal[128, 256, 512, 1024, 2048, 4096] = 128
+    max_density: Annotated[float, Gt(0), Le(1)] = 0.25
+    block_size: Literal[64, 128] = 64
+    min_length: Annotated[int, Ge(1)] = 1024
+    statistics: ClassVar[tuple[str, ...]] = ()
+
+    def index(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        starts: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> BlockIndex:
+        """Gate, count the queries that each chunk got, and list blocks.
+
+        Args:
+            query: After RoPE, ``[B, H, T, D]``.
+            keys: After RoPE, ``[B, H_kv, T, D]``.
+            starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
+            scaling: Not read: the order of gates does not depend on it.
+            softcap: Likewise.
+        Returns:
+            Blocks per query head, made without waiting for the device.
+        """
+        size, per_chunk = self.block_size, self.chunk_size // self.block_size
+        lengths, H = row_lengths(query, starts), query.shape[1]
+        q = aligned(query, starts, size)
+        k = block_means(aligned(keys, starts, self.chunk_size), lengths, self.chunk_size)
+        real = block_counts(lengths, q.shape[2], 1) > 0  # [B, T]
+
+        def weigh(rows: range) -> Tensor:
+            first, end = rows.start * size, rows.stop * size
+            chunks = -(-rows.stop // per_chunk)
+            gates = scores(q[:, :, first:end], k[:, :, :chunks], 1.0, None)
+            routed = self._route(gates, torch.arange(first, end, device=q.device))
+            routed &= real[:, None, first:end, None]
+            share = routed.unflatten(2, (-1, size)).sum(3) / size  # [B, H, R, chunks]
+            return share.repeat_interleave(per_chunk, -1)[..., : rows.stop]
+
+        def own_chunk(rows: range) -> Tensor:
+            own = torch.arange(rows.start, rows.stop, device=q.device)[:, None] // per_chunk
+            return torch.arange(rows.stop, device=q.device) // per_chunk == own
+
+        return list_blocks(
+            weigh,
+            lengths,
+            size,
+            q.shape[2] // size,
+            heads=H,
+            share=self.max_density,
+            floor=torch.full((1, 1, 1, 1), 0.5 / size, device=q.device),
+            require=own_chunk,
+            pair_bytes=PAIR_BYTES + 24 * size // per_chunk,
+        )
+
+    def _route(self, gates: Tensor, tokens: Tensor) -> Tensor:
+        """Mark the chosen chunks before each token's own, bool ``[B, H, tokens, chunks]``."""
+        chunks = torch.arange(gates.shape[-1], device=gates.device)
+        earlier = chunks < (tokens // self.chunk_size)[:, None]
+        count = min(self.top_k - 1, gates.shape[-1])
+        best = gates.masked_fill(~earlier, -torch.inf).topk(count, sorted=False).indices
+        routed = torch.zeros_like(gates, dtype=torch.bool)
+        return routed.scatter_(-1, best, True) & earlier

@@ -1,0 +1,146 @@
+"""Blocks read exactly, as averages of 2, 4 or 8 tokens, or not at all, by their weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+from torch.nn.functional import pad
+
+from squeeze.registry import register
+from squeeze.sparsify.estimate import CELL_BYTES, antidiagonal_weights, row_lengths
+from squeeze.sparsify.index import RUN, compact_segments
+from squeeze.sparsify.selection import LEAST_BLOCKS, PAIR_BYTES, budget, ranked, segments
+from squeeze.types import BlockIndex
+
+
+@register(source="https://arxiv.org/abs/2512.04025", year=2025)
+@dataclass(frozen=True)
+class Pyramid:
+    """Read heavy blocks exactly and lighter ones as averages of ever more tokens (PSA).
+
+    Each query block orders the blocks that it may read: block 0 and its own, then by the weight
+    that ``antidiagonal`` estimates. Blocks are read exactly until ``full`` of the weight is, then
+    as averages of 2 keys and values until ``half`` is, of 4 until ``quarter`` is, of 8 until
+    ``eighth`` is; the rest are skipped. An average of m keys has ln m added to its score, so that
+    it weighs as m tokens.
+
+    Args:
+        full: Share of the estimated attention to read exactly; 1 reads everything.
+        half: Share to have read when averages of 2 tokens end; at least ``full`` counts.
+        quarter: Likewise for averages of 4.
+        eighth: Likewise for averages of 8.
+        max_density: Most of its causal blocks that a query block may read exactly; at least 16.
+        max_averaged: Most of its causal blocks that it may read at each other level.
+        stride: Tokens per cell of the estimate.
+        block_size: Tokens per block of the index.
+        min_length: Shorter prompts are attended densely.
+    Cost: the estimate of ``antidiagonal``; 4 bytes per 8 averages listed; averages of keys and
+        values, 7/8 of their size, while attending.
+    Source: Li et al. 2025, https://arxiv.org/abs/2512.04025, section 3 (pyramid, multi-level mask,
+        attention with the log of the pooling ratio);
+        https://github.com/ziplab/Pyramid-Sparse-Attention, ``transfer_attn_to_mask``.
+    Differs: bounds on every level, so that the memory of the lists is known beforehand; levels do
+        not also depend on how alike the keys of a block are.
+    """
+
+    full: Annotated[float, Gt(0), Le(1)] = 0.85
+    half: Annotated[float, Gt(0), Le(1)] = 0.9
+    quarter: Annotated[float, Gt(0), Le(1)] = 0.95
+    eighth: Annotated[float, Gt(0), Le(1)] = 1.0
+    max_density: Annotated[float, Gt(0), Le(1)] = 0.5
+    max_averaged: Annotated[float, Ge(0), Le(1)] = 0.25
+    stride: Literal[4, 8, 16, 32] = 16
+    block_size: Literal[64, 128] = 64
+    min_length: Annotated[int, Ge(1)] = 1024
+    statistics: ClassVar[tuple[str, ...]] = ()
+
+    def index(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        starts: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> BlockIndex:
+        """Estimate, order, and list blocks and averages.
+
+        Args:
+            query: After RoPE, ``[B, H, T, D]``.
+            keys: After RoPE, ``[B, H_kv, T, D]``.
+            starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
+            scaling: Multiplies the dot products.
+            softcap: Bounds the mean score of a cell, or ``None``.
+        Returns:
+            Blocks and averages per query head, made without waiting for the device.
+        """
+        (B, H, T, _), size, device = query.shape, self.block_size, query.device
+        N, lengths, kept = -(-T // size), row_lengths(query, starts), []
+        weigh = antidiagonal_weights(query, keys, starts, size, self.stride, scaling, softcap)
+        pair_bytes = PAIR_BYTES + CELL_BYTES * (size // self.stride) ** 2
+        for rows in segments(N, B * H * N * pair_bytes):
+            weights = weigh(rows)
+            order, _ = ranked(weights, rows)
+            ends = self._ends(weights.gather(-1, order), rows)  # [B, H, R, 4]
+            real = torch.arange(rows.start, rows.stop, device=device) * size < lengths[:, None]
+            exact, averaged = self._most(rows.stop - 1)
+            order = order[..., : min(rows.stop, exact + 3 * averaged)].int()
+            kept.append((order, ends * real[:, None, :, None]))
+        most = [self._most(i) for i in range(N)]
+        offsets, ids = compact_segments(self._exact(kept, N), sum(exact for exact, _ in most))
+        each = sum((size >> h) // RUN for h in (1, 2, 3))
+        runs = self._runs(kept, [averaged for _, averaged in most], T)
+        pooled = compact_segments(runs, each * sum(averaged for _, averaged in most))
+        return BlockIndex(size, offsets, ids, pooled_offsets=pooled[0], pooled_ids=pooled[1])
+
+    def _most(self, row: int) -> tuple[int, int]:
+        """Return how many blocks query block ``row`` may read exactly, and at each other level."""
+        return budget(row, self.max_density), budget(row, self.max_averaged, least=0)
+
+    def _ends(self, weights: Tensor, rows: range) -> Tensor:
+        """Return the ranks at which each level ends, ``[B, H, R, 4]``, for weights by rank."""
+        own = torch.arange(rows.start, rows.stop, device=weights.device) + 1
+        before = pad(weights.cumsum(-1)[..., :-1], (1, 0))
+        end, ends = torch.zeros_like(own), []
+        for level, mass in enumerate((self.full, self.half, self.quarter, self.eighth)):
+            if mass == 1.0:
+                wanted = own.expand(weights.shape[:-1])
+            else:
+                wanted = (before < mass * weights.sum(-1, keepdim=True)).sum(-1)
+            share = self.max_averaged if level else self.max_density
+            most = (own.double() * share).ceil().long()
+            most = most if level else most.clamp(min=LEAST_BLOCKS)
+            wanted = wanted.clamp(min=0 if level else 2)
+            end = torch.minimum(torch.maximum(wanted, end), end + most).minimum(own)
+            ends.append(end)
+        return torch.stack(ends, -1)
+
+    def _exact(self, kept: list[tuple[Tensor, Tensor]], N: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the blocks to read exactly, ascending, for ``compact_segments``."""
+        for order, ends in kept:
+            taken = torch.arange(order.shape[-1], device=order.device) < ends[..., :1]
+            ids = order.masked_fill(~taken, N).sort(dim=-1).values
+            yield ids, ids < N
+
+    def _runs(
+        self, kept: list[tuple[Tensor, Tensor]], most: list[int], T: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the runs of averages, as ``BlockIndex`` numbers them, for ``compact_segments``."""
+        last = -1
+        for order, ends in kept:
+            last += order.shape[2]
+            parts = []
+            for h in (1, 2, 3):
+                ranks = ends[..., h - 1, None] + torch.arange(most[last], device=order.device)
+                keep = ranks < ends[..., h, None]  # [B, H, R, W]
+                each = (self.block_size >> h) // RUN
+                base = sum(T // (RUN << level) for level in range(1, h))
+                numbers = order.gather(-1, ranks.clamp(max=order.shape[-1] - 1))[..., None] * each
+                numbers = numbers + torch.arange(base, base + each, device=order.device)
+                keep = keep[..., None].expand_as(numbers)
+                parts.append((numbers.flatten(-2), keep.flatten(-2)))
+            yield torch.cat([part[0] for part in parts], -1), torch.cat([p[1] for p in parts], -1)

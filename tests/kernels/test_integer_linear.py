@@ -1,0 +1,175 @@
+"""The integer linear layer: codes by hand, the kernels against float64, compilation for GPUs."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from squeeze.errors import DeviceError
+from squeeze.kernels.bits import pack
+from squeeze.kernels.integer_linear.api import integer_linear, reconstruct, signed_codes
+from squeeze.types import Implementation, IntegerWeight
+
+pytest.importorskip("triton")
+needs_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the interpreter"
+)
+
+
+def packed(rows, columns, bits, group_size=32, zero=True, scaled=False, device="cpu"):
+    """A random packed weight and its codes."""
+    groups = -(-columns // group_size)
+    codes = torch.randint(0, 2**bits, (rows, groups, group_size))
+    weight = IntegerWeight(
+        pack(codes, bits).flatten(1).to(device),
+        (torch.rand(rows, groups) * 1e-2 + 1e-3).half().to(device),
+        torch.randint(0, 2**bits, (rows, groups)).to(torch.uint8).to(device) if zero else None,
+        torch.randint(-3, 4, (columns,)).to(torch.int8).to(device) if scaled else None,
+        bits,
+        group_size,
+        (rows, columns),
+    )
+    return weight, codes.flatten(1)[:, :columns]
+
+
+def guarded(tensor):
+    """The same values as a non-contiguous slice of a buffer full of NaN."""
+    buffer = torch.full((tensor.shape[0] + 2, tensor.shape[1] + 7), torch.nan, dtype=tensor.dtype)
+    view = buffer.to(tensor.device)[1:-1, 3:-4]
+    view.copy_(tensor)
+    return view
+
+
+def assert_close(actual, x, weight, bias):
+    """At most twice the reference's error to float64, plus one rounding of the output."""
+    oracle = x.double() @ reconstruct(weight).double().T + bias.double()
+    reference = integer_linear(x, weight, bias).double()
+    band = torch.finfo(x.dtype).eps * oracle.abs().max()
+    allowed = 2 * (reference - oracle).abs().max() + band
+    worst = (actual.double() - oracle).abs().max()
+    assert worst <= allowed, f"{worst} > {allowed} for x {tuple(x.shape)}, {weight.shape}"
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_reconstruct_is_the_formula(bits, zero, scaled):
+    weight, codes = packed(13, 100, bits, zero=zero, scaled=scaled)
+    dense = reconstruct(weight)
+    for row, column in [(0, 0), (12, 99), (7, 64), (8, 63), (5, 31)]:
+        middle = int(weight.zero[row, column // 32]) if zero else 2 ** (bits - 1)
+        expected = (int(codes[row, column]) - middle) * float(weight.scale[row, column // 32])
+        expected *= 2.0 ** -int(weight.exponents[column]) if scaled else 1
+        assert dense[row, column] == expected
+
+
+def test_folded_exponents_are_no_part_of_the_weight():
+    weight, _ = packed(5, 64, 4, scaled=True)
+    folded = reconstruct(replace(weight, folded=True))
+    assert torch.equal(folded, reconstruct(replace(weight, exponents=None)))
+    assert not torch.equal(folded, reconstruct(weight))
+
+
+def test_signed_codes_decode_to_the_same_weight():
+    weight, _ = packed(6, 96, 3)
+    codes, zeros = signed_codes(weight)
+    group = torch.arange(96) // 32
+    steps = codes.float() - zeros.float()[:, group]
+    assert torch.equal(steps * weight.scale.float()[:, group], reconstruct(weight))
+
+
+def test_reference_multiplies_in_the_dtype_of_x():
+    weight, _ = packed(6, 40, 4)
+    x, bias = torch.randn(2, 3, 40).bfloat16(), torch.randn(6)
+    y = integer_linear(x, weight, bias)
+    assert y.dtype == torch.bfloat16
+    dense = reconstruct(weight).bfloat16()
+    assert torch.equal(y, torch.nn.functional.linear(x, dense, bias.bfloat16()))
+
+
+CASES = [
+    # rows of x, bits, group size, zero, scaled, dtype
+    (1, 4, 64, False, False, torch.float16),
+    (1, 3, 96, True, True, torch.float32),
+    (2, 8, 160, False, False, torch.float16),
+    (4, 2, 32, True, False, torch.float32),
+    (3, 6, 64, True, True, torch.float16),
+    (5, 4, 64, False, True, torch.float16),
+    (16, 3, 64, True, False, torch.float32),
+    (17, 8, 160, True, True, torch.float32),
+    (6, 5, 32, False, False, torch.float16),
+    (6, 7, 96, True, False, torch.float32),
+    (257, 4, 64, True, True, torch.float16),
+    (257, 3, 160, False, False, torch.float32),
+]
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("rows", "bits", "group_size", "zero", "scaled", "dtype"), CASES)
+def test_kernels_match_float64(rows, bits, group_size, zero, scaled, dtype):
+    weight, _ = packed(13, 150, bits, group_size, zero, scaled)
+    x, bias = guarded(torch.randn(rows, 150).to(dtype)), torch.randn(13).to(dtype)
+    y = integer_linear(x, weight, bias, implementation=Implementation.TRITON)
+    assert y.dtype == dtype
+    assert_close(y, x, weight, bias)
+
+
+@needs_interpreter
+def test_kernel_keeps_leading_dimensions_and_takes_no_rows():
+    weight, _ = packed(5, 32, 2)
+    x = torch.randn(2, 1, 32)
+    y = integer_linear(x, weight, implementation=Implementation.TRITON)
+    torch.testing.assert_close(y, integer_linear(x, weight))
+    empty = integer_linear(x[:0], weight, implementation=Implementation.TRITON)
+    assert empty.shape == (0, 1, 5)
+
+
+@needs_interpreter
+def test_kernel_ignores_folded_exponents():
+    weight, _ = packed(5, 64, 4, scaled=True)
+    weight = replace(weight, folded=True)
+    x = torch.randn(2, 64)
+    y = integer_linear(x, weight, implementation=Implementation.TRITON)
+    torch.testing.assert_close(y, integer_linear(x, weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "bits", "group_size", "zero"),
+    list(itertools.product((1, 3, 16, 100, 300), (3, 4, 8), (64, 128), (True, False))),
+)
+def test_kernels_match_float64_on_the_gpu(rows, bits, group_size, zero):
+    weight, _ = packed(333, 1000, bits, group_size, zero, scaled=zero, device="cuda")
+    x = guarded(torch.randn(rows, 1000, dtype=torch.bfloat16, device="cuda"))
+    bias = torch.randn(333, dtype=torch.bfloat16, device="cuda")
+    y = integer_linear(x, weight, bias, implementation=Implementation.TRITON)
+    assert_close(y, x, weight, bias)
+
+
+def test_contradictions_are_refused():
+    weight, _ = packed(6, 64, 4)
+    with pytest.raises(ValueError, match="x ends in 63 channels, the weight takes 64"):
+        integer_linear(torch.ones(2, 63), weight)
+    with pytest.raises(ValueError, match=r"scale is \(6, 1\), not \(6, 2\)"):
+        integer_linear(torch.ones(2, 64), replace(weight, scale=weight.scale[:, :1]))
+    with pytest.raises(ValueError, match="resolved while planning"):
+        integer_linear(torch.ones(2, 64), weight, implementation=Implementation.AUTO)
+    with pytest.raises(DeviceError, match="float64"):
+        integer_linear(torch.ones(2, 64).double(), weight, implementation=Implementation.TRITON)
+
+
+def test_kernels_compile_without_spills():
+    script = Path(__file__).with_name("compile_integer_linear.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(script.parents[2])
+    command = [sys.executable, str(script), "80", "90"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for facts in json.loads(done.stdout.splitlines()[-1]):
+        assert facts["stack"] == 0, facts
