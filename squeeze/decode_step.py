@@ -1,12 +1,12 @@
 """The decode step of a squeezed model, recorded once as a CUDA graph and replayed for every token.
 
 A step of a few tokens is hundreds of small kernels, and launching them one by one takes longer than
-running them. The swap therefore puts a ``DecodeStep`` in place of the model's ``forward``. It lets
+running them. The swap puts a ``DecodeStep`` in place of the model's ``forward``. It lets
 every call pass but those of up to ``STEP_TOKENS`` tokens over a filled packed cache: these it runs
 from static inputs, at counts that live on the device, records and replays. Encoding full blocks
 happens between replays. A recording belongs to its cache and goes with it.
 
-    model.squeeze_step.enabled = False  # launch every kernel of every step
+    model.squeeze_step.enabled = True  # off by default: no speed of it is recorded yet
 
 Forward hooks of modules run while a step is recorded and not when it is replayed.
 """
@@ -89,7 +89,7 @@ class DecodeStep:
         states: What the swap attached to its attention layers.
 
     Attributes:
-        enabled: ``False`` lets every call pass.
+        enabled: ``False``, the default, lets every call pass.
         recorder: Records and replays; by default CUDA graphs, for models on a GPU.
     """
 
@@ -97,7 +97,7 @@ class DecodeStep:
         self.model, self.states = model, states
         self.replaced = vars(model).get("forward")
         self.forward = model.forward
-        self.enabled = True
+        self.enabled = False
         self.recorder: Recorder | None = None
         self.warned: set[str] = set()
         self.warm: set[Any] = set()

@@ -74,6 +74,7 @@ def recorded(name: str = "llama", recipe: dict[str, Any] | None = None) -> tuple
     """Make a squeezed model that records its steps."""
     model = squeezed(name, recipe).model if recipe else squeezed(name).model
     traces = model.squeeze_step.recorder = Traces()
+    model.squeeze_step.enabled = True
     return model, traces
 
 
@@ -268,6 +269,7 @@ def test_blocks_that_ask_for_salience_come_due_in_launched_steps() -> None:
     model = tiny.model("llama")
     squeeze.swap(model, protecting(model))
     traces = model.squeeze_step.recorder = Traces()
+    model.squeeze_step.enabled = True
     ours, theirs = both(model, tiny.prompt(2, 100, pads=(9,)), **ALL, max_new_tokens=60)
     assert_same(ours, theirs)
     assert ours.past_key_values.static_layers[0].blocks == [1, 1]

@@ -21,16 +21,12 @@ from squeeze.kernels.decode_attention.gluon_codebook import attend
 
 POINTERS = {
     "query": "*bf16",
-    "packed_query": "*bf16",
     "shift": "*fp32",
     "key_table": "*i64",
     "value_table": "*i64",
     "key_codebook": "*fp16",
     "value_codebook": "*fp16",
     "block_counts": "*i32",
-    "exact_keys": "*bf16",
-    "exact_values": "*bf16",
-    "exact_counts": "*i32",
     "partial": "*fp32",
     "maxima": "*fp32",
     "totals": "*fp32",
@@ -38,22 +34,14 @@ POINTERS = {
 INTEGERS = ("kv_heads", "groups", "steps", "splits", "columns")
 
 
-STRIDES = ("query", "packed_query", "key", "value")
-
-
-def compile_kernel(capability, tokens):
+def compile_kernel(capability):
     """Compile with all options on."""
-    constants = {"W": codebook.WARPS, "TOKENS": tokens, "PER_BLOCK": 128 // tokens}
-    constants |= {"HAS_SHIFT": True, "HAS_SOFTCAP": True}
+    constants = {"W": codebook.WARPS, "PER_BLOCK": 2, "HAS_SHIFT": True, "HAS_SOFTCAP": True}
     constants["OVERLAP"] = capability >= 90
-    signature = POINTERS | {f"{name}_strides": ("i32",) * 3 for name in STRIDES}
-    signature |= {"scaling": "fp32", "softcap": "fp32"}
+    signature = POINTERS | {"strides": ("i32",) * 3, "scaling": "fp32", "softcap": "fp32"}
     signature |= dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(constants, "constexpr")
     names = attend.arg_names
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS}
-    for name in STRIDES:
-        place = names.index(f"{name}_strides")
-        aligned |= {(place, i): [["tt.divisibility", 16]] for i in range(3)}
     source = GluonASTSource(
         attend,
         {name: signature[name] for name in names},
@@ -85,8 +73,8 @@ def count_loop(cubin):
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[2:]:
-        compiled = compile_kernel(int(sys.argv[1]), int(argument))
-        result = {"tokens": int(argument), "shared": compiled.metadata.shared}
+    for argument in sys.argv[1:]:
+        compiled = compile_kernel(int(argument))
+        result = {"capability": int(argument), "shared": compiled.metadata.shared}
         result |= inspect(compiled.asm["cubin"])
         print(json.dumps(result | {"loop": count_loop(compiled.asm["cubin"])}), flush=True)

@@ -14,9 +14,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
-from squeeze.kernels.lut_linear import gluon
 from squeeze.kernels.lut_linear import triton as kernel
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
@@ -24,12 +22,6 @@ POINTERS = dict.fromkeys(("x", "y", "bias", "dense"), "*bf16") | {
     "indices": "*i32",
     "scale": "*fp16",
 }
-FEW = (
-    {"bits": 4},
-    {"bits": 3, "steps": 7},
-    {"bits": 2, "columns": 2},
-    {"bits": 4, "pieces": 2, "columns": 4},
-)
 SIZES = ("out_features", "in_features", "x_stride", "m_total")
 
 
@@ -50,48 +42,17 @@ def build(name, capability, *, bits, codebook="*i8", registers=True, **constants
     return triton.compile(source, target=target, options={"num_warps": 4})
 
 
-def build_few(capability, *, bits, pieces=1, columns=1, steps=2):
-    """Compile the kernel for few rows of x with bfloat16 results."""
-    function = gluon.multiply
-    constants = {
-        "u": 128, "STEPS": steps, "WARPS": 4, "TILES": 1, "COLUMN_TILES": columns, "AHEAD": True,
-        "PIECES": pieces, "SHARED": 1, "BITS": bits, "SCALED": True, "BIASED": True,
-        "OVERLAP": capability >= 90,
-    }  # fmt: skip
-    types = {
-        "pieces": "*i8", "factors": "*fp32", "indices": "*i32", "tables": "*i8", "bias": "*bf16",
-        "scale": "*fp16" if pieces == 1 else "*fp32", "y": "*bf16",
-    }  # fmt: skip
-    names = function.arg_names
-    signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in names}
-    values = {(names.index(arg),): value for arg, value in constants.items()}
-    source = GluonASTSource(function, signature, values, {})
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": 4})
-
-
-def run_tool(compiled, *command):
-    """What a tool prints about a compiled kernel."""
+def usage(compiled):
+    """Registers and bytes of stack (spills) per thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        full = [os.path.join(TOOLS, command[0]), *command[1:], file.name]
-        return subprocess.run(full, capture_output=True, text=True, check=True).stdout
-
-
-def usage(compiled):
-    """Registers and bytes of stack (spills) per thread."""
-    text = run_tool(compiled, "cuobjdump", "-res-usage")
+        command = [os.path.join(TOOLS, "cuobjdump"), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {
         "registers": int(re.search(r"REG:(\d+)", text)[1]),
         "stack": int(re.search(r"STACK:(\d+)", text)[1]),
     }
-
-
-def early_loads(compiled):
-    """Loads of words that the compiler left before the first product."""
-    text = run_tool(compiled, "nvdisasm", "-c")
-    return len(re.findall(r"LDG\.E\.NA\S*\.128", text[: text.index("IMMA")]))
 
 
 def main():
@@ -112,11 +73,6 @@ def main():
             facts["packed"] = options.get("registers", True)
             facts["lookups"] = compiled.asm["ptx"].count("0x4B000000")
             rows.append(facts)
-        for options in FEW if capability == 90 else FEW[:1]:
-            compiled = build_few(capability, **options)
-            facts = {"kernel": "multiply", "capability": capability, **options, **usage(compiled)}
-            facts |= {"packed": True, "lookups": compiled.asm["ptx"].count("prmt.b32")}
-            rows.append(facts | {"early": early_loads(compiled)})
     print(json.dumps(rows))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -10,19 +9,26 @@ import triton
 from torch import Tensor
 
 from squeeze.kernels.decode_attention import gluon_codebook
-from squeeze.kernels.decode_attention.triton import LOG2_E, Scratch, _check, addresses_of
+from squeeze.kernels.decode_attention.triton import (
+    LOG2_E,
+    Scratch,
+    _attend,
+    addresses_of,
+    constants,
+    describe_side,
+)
 from squeeze.types import PackedBlocks
 
 HEAD_DIM, BITS, SUBVECTOR = 128, 8, 2
-UNITS = (64, 32)  # tokens that a warp reads at a time
+UNIT = 64  # tokens that a warp reads at a time
 WARPS = 8
 ROWS = 4  # query rows of a program
 MAX_ROWS = 16  # of a KV head
 MAX_COLUMNS = 256  # results of one query row
 # Both codebooks of a head; whatever else stood in shared memory would move them.
 SHARED_BYTES = 2 * 2**BITS * HEAD_DIM * 2
-# What starting a program costs beside a unit of 64 tokens of each of its warps.
-START = 0.8
+# Reading the codebooks costs a program about as much as this many units of each of its warps.
+START_UNITS = 4
 
 
 def takes(
@@ -50,7 +56,7 @@ def _reads(blocks: PackedBlocks) -> bool:
     return (
         form.info.name == "product_quantization"
         and (form.bits, form.subvector) == (BITS, SUBVECTOR)
-        and blocks.length % UNITS[0] == 0
+        and blocks.length % UNIT == 0
     )
 
 
@@ -70,61 +76,101 @@ def decode_attention(
     max_blocks: int,
     split_output: bool,
 ) -> tuple[Tensor, ...]:
-    """Launch the kernel and the merge; arguments and results as in ``api.decode_attention``."""
-    _check([query, packed_query, exact_keys, exact_values], shift)
+    """Launch the kernel, the one for exact slots, and the merge; as ``api.decode_attention``."""
     batch, heads, steps, _ = query.shape
     kv_heads = exact_keys.shape[1]
     rows = heads // kv_heads * steps
     slabs, tiles = batch * kv_heads, triton.cdiv(rows, ROWS)
+    per_block = keys.length // UNIT
     overlap = torch.cuda.get_device_capability(query.device) >= (9, 0)
-    tokens = max_blocks * keys.length
-    unit, splits = _division(query.device, slabs * tiles, tokens)
-    columns = (1 + splits) * WARPS
+    splits = _splits(query.device, slabs * tiles, max_blocks * per_block)
+    columns = 1 + splits * WARPS
     scratch = Scratch.allocate(query, columns, split_output)
+    added = scratch.lse if shift is None else shift.contiguous()
+    base_2 = (scaling * LOG2_E, (softcap or 1.0) * LOG2_E)
+    numbers = (kv_heads, heads // kv_heads, steps)
+    _exact(query, exact_keys, exact_values, exact_counts, scratch, base_2, numbers, softcap)
     compiled = gluon_codebook.attend[(splits, slabs, tiles)](
-        query,
         packed_query,
-        scratch.lse if shift is None else shift.contiguous(),
+        added,
         addresses_of(keys)["codes"],
         addresses_of(values)["codes"],
         keys.parameters["codebook"],
         values.parameters["codebook"],
         block_counts,
-        exact_keys,
-        exact_values,
-        exact_counts,
         scratch.partial,
         scratch.maxima,
         scratch.totals,
-        *(x.stride()[:3] for x in (query, packed_query, exact_keys, exact_values)),
-        scaling * LOG2_E,
-        (softcap or 1.0) * LOG2_E,
-        kv_heads,
-        heads // kv_heads,
-        steps,
+        packed_query.stride()[:3],
+        *base_2,
+        *numbers,
         splits,
         columns,
         W=WARPS,
-        TOKENS=unit,
-        PER_BLOCK=keys.length // unit,
+        PER_BLOCK=per_block,
         HAS_SHIFT=shift is not None,
         HAS_SOFTCAP=softcap is not None,
         OVERLAP=overlap,
         num_warps=WARPS,
-        **({"launch_pdl": True} if overlap else {}),
     )
     assert compiled.metadata.shared == SHARED_BYTES
-    return scratch.merge(WARPS, overlap)
+    return scratch.merge(1, overlap)
 
 
-def _division(device: torch.device, programs: int, tokens: int) -> tuple[int, int]:
-    """Choose tokens of a unit, and into how many runs a row is divided: the least time of all."""
+def _exact(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    scratch: Scratch,
+    base_2: tuple[float, float],
+    numbers: tuple[int, int, int],
+    softcap: float | None,
+) -> None:
+    """Attend to the exact slots: one program per KV head fills the first column."""
+    kv_heads, groups, steps = numbers
+    size = query.shape[3]
+    tile = max(8, triton.next_power_of_2(groups * steps))
+    nothing = describe_side(None, 32, size)._replace(tables=(counts,))
+    options = constants(
+        nothing,
+        nothing,
+        size=size,
+        tile=tile,
+        packed=False,
+        shifted=False,
+        capped=softcap is not None,
+    )
+    _attend[(1, query.shape[0] * kv_heads, 1)](
+        query,
+        query,
+        scratch.lse,
+        nothing.tables,
+        nothing.tables,
+        counts,
+        keys,
+        values,
+        counts,
+        scratch.partial,
+        scratch.maxima,
+        scratch.totals,
+        *(x.stride()[:3] for x in (query, query, keys, values)),
+        *base_2,
+        *numbers,
+        scratch.partial.shape[1] - 1,
+        **options,
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def _splits(device: torch.device, programs: int, units: int) -> int:
+    """Choose into how many runs a row's units are divided: the fewest rounds of all programs."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
+    most = max(1, min(triton.cdiv(units, WARPS), MAX_COLUMNS // WARPS))
 
-    def time(choice: tuple[int, int]) -> float:
-        unit, splits = choice
-        rounds = triton.cdiv(triton.cdiv(triton.cdiv(tokens, unit), splits), WARPS)
-        return triton.cdiv(programs * splits, processors) * (rounds * unit / UNITS[0] + START)
+    def rounds(splits: int) -> int:
+        steps = triton.cdiv(triton.cdiv(units, splits), WARPS) + START_UNITS
+        return int(triton.cdiv(programs * splits, processors) * steps)
 
-    most = max(1, min(triton.cdiv(tokens, UNITS[-1] * WARPS), MAX_COLUMNS // WARPS - 1))
-    return min(itertools.product(UNITS, range(1, most + 1)), key=time)
+    return min(range(1, most + 1), key=rounds)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from squeeze import registry
+from squeeze.errors import RecipeError, UnsupportedError
 from squeeze.quant.weights._palette import Palette
 from squeeze.quant.weights._student import Student
 from squeeze.registry import register
@@ -73,17 +74,40 @@ class Dkm(Palette):
         """What the starting method asks of calibration."""
         return tuple(self.starting().statistics)
 
+    def check(self, out_features: int, in_features: int) -> None:
+        """Refuse shapes on which this would not save anything, and starts that store more.
+
+        Raises:
+            UnsupportedError: see above.
+        """
+        super().check(out_features, in_features)
+        shape = (out_features, in_features)
+        if self.starting().shape_bytes(*shape) != self.shape_bytes(*shape):
+            raise UnsupportedError(
+                "weights: start",
+                "this start stores more than a palette",
+                "a palette without sparse outliers",
+                "Leave sparse_outliers out",
+            )
+
     def starting(self) -> Any:
-        """Build the method that makes the first palette."""
+        """Build the method that makes the first palette.
+
+        Raises:
+            RecipeError: it is unknown, or makes no palette.
+        """
         chosen = {"method": self.start} if isinstance(self.start, str) else dict(self.start)
-        shared = {
+        shared: dict[str, Any] = {
             "bits": self.bits,
             "granularity": self.granularity,
             "rows_per_codebook": self.rows_per_codebook,
             "entries": self.entries,
         }
         name = chosen.pop("method")
-        return registry.get("weights", name, "weights.start")(**shared, **chosen)
+        method = registry.get("weights", name, "weights: start")
+        if not issubclass(method, Palette):
+            raise RecipeError("weights: start", f"got {name!r}", "a method that makes palettes")
+        return method(**shared, **chosen)
 
     def fit(
         self, weight: Tensor, statistics: Mapping[str, Tensor] | None = None

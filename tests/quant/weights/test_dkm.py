@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from squeeze.errors import RecipeError, UnsupportedError
 from squeeze.kernels.lut_linear.api import reconstruct
 from squeeze.quant.weights.dkm import Dkm
 
@@ -106,3 +107,13 @@ def test_statistics_are_those_of_the_start():
     assert Dkm().statistics == ("fisher",)
     assert Dkm(start={"method": "kmeans", "importance": "none"}).statistics == ()
     assert Dkm(start="lnq").statistics == ("guided_hessian",)
+
+
+@pytest.mark.parametrize(("start", "kind", "words"), [
+    ("integer", RecipeError, "got 'integer'.*makes palettes"),
+    ("kmean", RecipeError, "unknown method 'kmean'"),
+    ({"method": "kmeans", "sparse_outliers": 0.01}, UnsupportedError, "Leave sparse_outliers out"),
+])  # fmt: skip
+def test_starts_that_are_no_plain_palette_are_refused(start, kind, words):
+    with pytest.raises(kind, match=words):
+        Dkm(start=start).check(64, 256)
