@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
-from squeeze.errors import DeviceError
 from squeeze.kernels import bits
 from squeeze.kernels.integer_linear import reference
+from squeeze.kernels.linear_checks import require_triton
 from squeeze.types import Implementation, IntegerWeight
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def reconstruct(weight: IntegerWeight) -> Tensor:
@@ -56,7 +51,7 @@ def integer_linear(
         return reference.integer_linear(x, weight, bias)
     if implementation != Implementation.TRITON:
         raise ValueError("implementation auto is resolved while planning, not at run time")
-    _check_triton(x)
+    require_triton("integer_linear", x)
     from squeeze.kernels.integer_linear import triton
 
     return triton.integer_linear(x, weight, bias)
@@ -81,21 +76,3 @@ def _check(x: Tensor, weight: IntegerWeight, bias: Tensor | None) -> None:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, not {shape}")
     if weight.codes.device != x.device:
         raise ValueError(f"x is on {x.device}, the weight on {weight.codes.device}")
-
-
-def _check_triton(x: Tensor) -> None:
-    """Refuse what the kernel cannot run; nothing falls back by itself."""
-    if importlib.util.find_spec("triton") is None:
-        raise DeviceError(
-            "integer_linear", "implementation triton", "reference", "Install the triton package"
-        )
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise DeviceError(
-            "integer_linear",
-            f"implementation triton on device {x.device.type}",
-            "a CUDA device",
-            "Choose implementation: reference to run here",
-        )
-    if x.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise DeviceError("integer_linear", f"implementation triton for {x.dtype}", allowed)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
-from squeeze.errors import DeviceError
 from squeeze.kernels import bits
+from squeeze.kernels.linear_checks import require_triton
 from squeeze.kernels.lut_linear import reference
 from squeeze.types import ClusteredWeight, Implementation
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def reconstruct(weight: ClusteredWeight) -> Tensor:
@@ -48,7 +43,7 @@ def lut_linear(
         return reference.lut_linear(x, weight, bias)
     if implementation != Implementation.TRITON:
         raise ValueError("implementation auto is resolved while planning, not at run time")
-    _check_triton(x)
+    require_triton("lut_linear", x)
     from squeeze.kernels.lut_linear import outliers_triton, triton
 
     y = triton.lut_linear(x, weight, bias)
@@ -74,21 +69,3 @@ def _check(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> None:
         raise ValueError(f"bias is {tuple(bias.shape)}, not {(out_features,)}")
     if weight.indices.device != x.device:
         raise ValueError(f"x is on {x.device}, the weight on {weight.indices.device}")
-
-
-def _check_triton(x: Tensor) -> None:
-    """Refuse what the kernel cannot run; nothing falls back by itself."""
-    if importlib.util.find_spec("triton") is None:
-        raise DeviceError(
-            "lut_linear", "implementation triton", "reference", "Install the triton package"
-        )
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise DeviceError(
-            "lut_linear",
-            f"implementation triton on device {x.device.type}",
-            "a CUDA device",
-            "Choose implementation: reference to run here",
-        )
-    if x.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise DeviceError("lut_linear", f"implementation triton for {x.dtype}", allowed)

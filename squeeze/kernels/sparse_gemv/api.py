@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
-import torch
 from torch import Tensor
 
-from squeeze.errors import DeviceError
+from squeeze.kernels.linear_checks import require_triton
 from squeeze.kernels.sparse_gemv import reference
 from squeeze.types import Implementation
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def thresholded(x: Tensor, threshold: Tensor) -> Tensor:
@@ -83,19 +77,6 @@ def _check(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None) ->
 
 def _check_triton(x: Tensor, weight: Tensor) -> None:
     """Refuse what the kernel cannot run; nothing falls back by itself."""
-    if importlib.util.find_spec("triton") is None:
-        raise DeviceError(
-            "sparse_gemv", "implementation triton", "reference", "Install the triton package"
-        )
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise DeviceError(
-            "sparse_gemv",
-            f"implementation triton on device {x.device.type}",
-            "a CUDA device",
-            "Choose implementation: reference to run here",
-        )
-    if x.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise DeviceError("sparse_gemv", f"implementation triton for {x.dtype}", allowed)
+    require_triton("sparse_gemv", x)
     if weight.stride(0) != 1:
         raise ValueError("triton reads the weight by columns: pass by_columns(weight)")
