@@ -187,7 +187,7 @@ class PackedLayer(DynamicLayer):
         rows = output.view(batch, kv_heads, heads // kv_heads * steps, size)
         for transform, parameters in reversed(self.spec.values.transforms):
             rows = transform.invert(rows, parameters)
-        return rows.view(batch, heads, steps, size)
+        return rows.reshape(batch, heads, steps, size)
 
     def _packed(self) -> tuple[PackedBlocks | None, PackedBlocks | None]:
         """Say where the blocks are; those in CPU memory are brought to the device."""

@@ -223,7 +223,7 @@ class Spectrum:
         heads = parameters["order"].shape[0]
         grouped = query.unflatten(1, (heads, -1)).flatten(2, 3)
         moved = self.apply(grouped, parameters).to(query.dtype)
-        return moved.view(query.shape), None
+        return moved.reshape(query.shape), None
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Separate the loud channels from the others."""

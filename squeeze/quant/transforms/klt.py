@@ -97,7 +97,7 @@ class Klt:
         """
         matrix = parameters["backward"].mT
         grouped = query.unflatten(1, (matrix.shape[0], -1)).flatten(2, 3)
-        return _multiply(grouped, matrix).to(query.dtype).view(query.shape), None
+        return _multiply(grouped, matrix).to(query.dtype).reshape(query.shape), None
 
 
 def _scale(importance: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from squeeze.quant.kv.graded import Graded
@@ -38,6 +39,15 @@ def test_scores_are_unchanged_with_grouped_heads():
     rotated = moved @ Klt().apply(keys, fitted).repeat_interleave(3, dim=1).mT
     torch.testing.assert_close(rotated, scores, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(Klt().invert(Klt().apply(keys, fitted), fitted), keys)
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_rows_of_a_batch_are_moved_as_they_are_alone(heads):
+    fitted = Klt().fit(statistics())
+    query = torch.randn(3, heads, 5, 32, generator=torch.Generator().manual_seed(2))
+    moved, _ = Klt().prepare_query(query, fitted)
+    alone = [Klt().prepare_query(row[None], fitted)[0] for row in query]
+    torch.testing.assert_close(moved, torch.cat(alone))
 
 
 def test_stored_channels_are_uncorrelated_and_fall():
