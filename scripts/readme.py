@@ -9,7 +9,10 @@ Run it from anywhere in the checkout::
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from squeeze import registry
 from squeeze.measurement import KV_CONDITION, metrics, ratio
@@ -18,6 +21,7 @@ from squeeze.report import Report
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 CATALOGUE = ROOT / "docs" / "methods.md"
+SPEEDS = ROOT / "benchmarks" / "results" / "decode_attention.json"
 TITLES = {
     "kv": "KV-cache formats",
     "transform": "Exact transforms of keys and values",
@@ -33,6 +37,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="report.json of the run to show")
     options = parser.parse_args()
     readme = replace(README.read_text(encoding="utf-8"), "methods", methods())
+    readme = replace(readme, "speed", speed(json.loads(SPEEDS.read_text(encoding="utf-8"))))
     if options.report:
         readme = replace(readme, "results", results(Report.load(options.report)))
     README.write_text(readme, encoding="utf-8")
@@ -46,6 +51,28 @@ def replace(text: str, name: str, content: str) -> str:
     _, end, after = rest.partition(f"<!-- end of {name} -->")
     assert opening and closing and end, f"the markers of {name} are lost"
     return f"{before}{opening}{command}{closing}{content}{end}{after}"
+
+
+def speed(result: Mapping[str, Any]) -> str:
+    """Lay out measured decode attention, a column per shape, conditions underneath."""
+    rows = result["rows"]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    heads = ["bits", *(shape.split(",")[0] for shape in shapes)]
+    lines = ["| cache | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads) + "|"]
+    for name in dict.fromkeys(row["implementation"] for row in rows):
+        own = [row for row in rows if row["implementation"] == name]
+        cells = [f"{row['median_us']:.1f} ({row['speedup']:.2f}x)" for row in own]
+        bits = own[0].get("effective_bits", 16.0)
+        lines.append(f"| {name.removeprefix('squeeze ')} | {bits:.2f} | {' | '.join(cells)} |")
+    where = result["versions"]
+    versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "cuda"))
+    heads_of = shapes[0].split(", ", 1)[1]
+    return (
+        "\n".join(
+            [*lines, "", f"{result['hardware']['gpu']}, batch x tokens, {heads_of}, {versions}."]
+        )
+        + "\n"
+    )
 
 
 def methods() -> str:

@@ -21,12 +21,16 @@ from squeeze.kernels.decode_attention.gluon_codebook import attend
 
 POINTERS = {
     "query": "*bf16",
+    "packed_query": "*bf16",
     "shift": "*fp32",
     "key_table": "*i64",
     "value_table": "*i64",
     "key_codebook": "*fp16",
     "value_codebook": "*fp16",
     "block_counts": "*i32",
+    "exact_keys": "*bf16",
+    "exact_values": "*bf16",
+    "exact_counts": "*i32",
     "partial": "*fp32",
     "maxima": "*fp32",
     "totals": "*fp32",
@@ -34,14 +38,21 @@ POINTERS = {
 INTEGERS = ("kv_heads", "groups", "steps", "splits", "columns")
 
 
-def compile_kernel(capability):
+STRIDES = ("query", "packed_query", "key", "value")
+
+
+def compile_kernel(capability, tokens):
     """Compile with all options on."""
-    constants = {"W": codebook.WARPS, "PER_BLOCK": 2, "HAS_SHIFT": True, "HAS_SOFTCAP": True}
-    constants["OVERLAP"] = capability >= 90
-    signature = POINTERS | {"strides": ("i32",) * 3, "scaling": "fp32", "softcap": "fp32"}
+    constants = {"W": codebook.WARPS, "TOKENS": tokens, "PER_BLOCK": 128 // tokens}
+    constants |= {"HAS_SHIFT": True, "HAS_SOFTCAP": True}
+    signature = POINTERS | {f"{name}_strides": ("i32",) * 3 for name in STRIDES}
+    signature |= {"scaling": "fp32", "softcap": "fp32"}
     signature |= dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(constants, "constexpr")
     names = attend.arg_names
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS}
+    for name in STRIDES:
+        place = names.index(f"{name}_strides")
+        aligned |= {(place, i): [["tt.divisibility", 16]] for i in range(3)}
     source = GluonASTSource(
         attend,
         {name: signature[name] for name in names},
@@ -49,11 +60,15 @@ def compile_kernel(capability):
         aligned,
     )
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": codebook.WARPS})
+    options = {"num_warps": codebook.WARPS, "maxnreg": codebook.REGISTERS}
+    return triton.compile(source, target=target, options=options)
 
 
 def count_loop(cubin):
-    """Count the instructions of the longest loop by name."""
+    """Count the instructions of the longest loop by name.
+
+    A jump back over an exit closes no loop: it returns from a wait that was moved out of line.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -67,14 +82,15 @@ def count_loop(cubin):
             names.append(code[1])
             jump = re.search(r"\.L_x_\d+", code[2]) if code[1] == "BRA" else None
             start = labels.get(jump[0], len(names)) if jump else len(names)
-            longest = max(longest, (len(names) - start, start))
+            if "EXIT" not in names[start:]:
+                longest = max(longest, (len(names) - start, start))
     size, start = longest
     return collections.Counter(names[start : start + size])
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        compiled = compile_kernel(int(argument))
-        result = {"capability": int(argument), "shared": compiled.metadata.shared}
+    for argument in sys.argv[2:]:
+        compiled = compile_kernel(int(sys.argv[1]), int(argument))
+        result = {"tokens": int(argument), "shared": compiled.metadata.shared}
         result |= inspect(compiled.asm["cubin"])
         print(json.dumps(result | {"loop": count_loop(compiled.asm["cubin"])}), flush=True)

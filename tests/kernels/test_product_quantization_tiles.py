@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from squeeze.quant.kv.product_quantization import ProductQuantization
 from tests.kernels.tile_cases import Case, check, interpreted
 
 pytest.importorskip("triton")
-gluon_codebook = pytest.importorskip("squeeze.kernels.decode_attention.gluon_codebook")
+codebook_launch = pytest.importorskip("squeeze.kernels.decode_attention.codebook")
+assembly = pytest.importorskip("squeeze.kernels.decode_attention.gluon_codebook_assembly")
 
 
 @dataclass(frozen=True)
@@ -84,65 +86,80 @@ def permute(first, second, selector):
     return result
 
 
-def execute(text, registers):
-    """Run straight-line PTX; a load leaves its address. Returns the registers."""
+def execute(text, registers, memory):
+    """Run straight-line PTX; a load finds a word of ``memory`` or leaves its address."""
     values = dict(registers)
     read = lambda name: values[name] if name in values else int(name, 0)  # noqa: E731
-    for instruction in re.split(r"[;{}]\s*", text):
+    for instruction in re.split(r";\s*", text.strip("{}\n")):
         name, _, rest = instruction.partition(" ")
         arguments = [argument.strip() for argument in rest.split(",")]
         if name == "xor.b32":
             values[arguments[0]] = read(arguments[1]) ^ read(arguments[2])
         elif name == "add.u32":
             values[arguments[0]] = read(arguments[1]) + read(arguments[2])
+        elif name == "and.b32":
+            values[arguments[0]] = read(arguments[1]) & read(arguments[2])
+        elif name == "setp.ne.u32":
+            values[arguments[0]] = read(arguments[1]) != read(arguments[2])
+        elif name == "selp.b32":
+            values[arguments[0]] = read(arguments[1] if read(arguments[3]) else arguments[2])
         elif name == "prmt.b32":
             values[arguments[0]] = permute(*map(read, arguments[1:]))
-        elif name == "ld.shared.b32":
-            base, offset = re.fullmatch(r"\[(\w+)\+(\d+)\]", arguments[1]).groups()
-            values[arguments[0]] = values[base] + int(offset)
+        elif name.startswith("ld.shared"):
+            *targets, source = [argument.strip("{}") for argument in arguments]
+            base, offset = re.fullmatch(r"\[([$\w]+)(?:\+(\d+))?\]", source).groups()
+            address = read(base) + int(offset or 0)
+            if base.startswith("$") or address in memory:
+                for i, target in enumerate(targets):
+                    values[target] = memory[address + 4 * i]
+            else:
+                values[targets[0]] = address
+                values.setdefault("loads", []).append(address)
         else:
             assert name in ("", ".reg"), instruction
     return values
 
 
-def words(codes):
-    """Bytes ``[..., 64]`` as little-endian words ``[..., 16]``."""
-    return codes.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+CODES = 1 << 20  # address of the first token's codes, beyond the codebooks
+
+
+def remember(codes):
+    """Codes ``[tokens, 64]`` as words of shared memory by address."""
+    packed = codes.to(torch.uint8).view(torch.int32).flatten().to(torch.int64) & 0xFFFFFFFF
+    return {CODES + 4 * i: int(word) for i, word in enumerate(packed)}
 
 
 def test_lanes_look_up_their_own_centroids_of_keys_without_sharing_a_bank():
     codes = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(0))
-    packed = words(codes.to(torch.uint8))
+    memory = remember(codes)
     found = {}
     for token in range(8):
         for lane in range(4):
-            registers = {f"${16 + i}": int(packed[token, 4 * lane + i]) for i in range(4)}
-            registers["$20"] = 0x3210 ^ (token * 0x1111)
-            registers["$28"] = (32 * lane * 0x01010101) ^ 0x0C080400 ^ (token * 0x04040404)
-            registers["$36"] = 0
-            found[token, lane] = execute(gluon_codebook.KEY_GATHER.value, registers)
+            registers = {"$16": 0x3210 ^ (token * 0x1111), "$32": 0}
+            registers["$24"] = (32 * lane * 0x01010101) ^ 0x0C080400 ^ (token * 0x04040404)
+            registers["$40"] = CODES + 64 * token + 8 * lane
+            found[token, lane] = execute(assembly.KEY_GATHER.value, registers, memory)
     for half, v, b in ((h, v, b) for h in range(2) for v in range(2) for b in range(4)):
-        banks = set()
         for (token, lane), registers in found.items():
-            address = registers[f"${4 * b + 2 * half + v}"]
-            order = (4 * v + b) ^ token  # of the query operand's row for this token
-            code = codes[token, 16 * lane + 8 * half + order]
-            assert address == 256 * code + 4 * (32 * half + 8 * lane + order)
-            banks.add(address // 4 % 32)
-        assert len(banks) == 32
+            order = (4 * v + b) ^ (token % 4)  # of the query operand's row for this token
+            code = codes[token, 32 * half + 8 * lane + order]
+            place = 256 * code + 4 * (32 * half + 8 * lane + order)
+            assert registers[f"${4 * b + 2 * half + v}"] == place
+    for together in zip(*(registers["loads"] for registers in found.values()), strict=True):
+        assert len({place // 4 % 32 for place in together}) == 32
 
 
 def test_lanes_look_up_their_own_centroids_of_values_without_sharing_a_bank():
     codes = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(1))
-    packed = words(codes.to(torch.uint8))
+    memory = remember(codes)
     found = {}
     for token in range(4):
         for row in range(8):
-            registers = {"$8": int(packed[token, row]), "$9": int(packed[token, row + 8])}
-            registers["$10"] = 0x3210 ^ (token * 0x1111)
-            registers["$14"] = (16 * row * 0x01010101) ^ 0x0C080400 ^ (token * 0x04040404)
-            registers["$18"] = 0
-            found[token, row] = execute(gluon_codebook.VALUE_GATHER.value, registers)
+            selector = (0x3210 ^ (token * 0x1111)) + token // 2 * 0x4444
+            registers = {"$8": selector, "$16": 0}
+            registers["$12"] = (16 * row * 0x01010101) ^ 0x0C080400 ^ (token * 0x04040404)
+            registers["$20"] = CODES + 64 * token + 4 * row + token // 2 * 32
+            found[token, row] = execute(assembly.VALUE_GATHER.value, registers, memory)
     for i, high in ((i, high) for i in range(4) for high in range(2)):
         banks = set()
         for (token, row), registers in found.items():
@@ -153,22 +170,44 @@ def test_lanes_look_up_their_own_centroids_of_values_without_sharing_a_bank():
         assert len(banks) == 32
 
 
+@pytest.mark.parametrize(
+    ("slabs", "tiles", "tokens", "expected"),
+    [
+        (8, 1, 3968, (32, 16)),
+        (8, 1, 130944, (64, 16)),
+        (64, 1, 32640, (64, 2)),
+        (8, 2, 130944, (64, 8)),
+        (1, 1, 64, (32, 1)),
+    ],
+)
+def test_programs_fill_the_gpu_once_and_warps_share_what_there_is(
+    monkeypatch, slabs, tiles, tokens, expected
+):
+    device = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    assert codebook_launch._division("cuda", slabs, tiles, tokens) == expected
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="compiles without a GPU")
-@pytest.mark.parametrize("capability", ["90", pytest.param("80", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("capability", ["90", pytest.param("100", marks=pytest.mark.slow)])
 def test_kernel_compiles_without_a_gpu(capability):
     script = Path(__file__).with_name("compile_codebook.py")
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(api.__file__).parents[3])
-    command = [sys.executable, str(script), capability]
+    command = [sys.executable, str(script), capability, "64", "32"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    # The codebooks are all there is in shared memory, and nothing else goes through it.
-    assert result["shared"] == 2 * 256 * 128 * 2
-    assert result["stack"] == 0
-    # 64 tokens of 64 + 64 codes in 32 lanes: one look-up and one product each, and no others.
-    assert result["loop"]["LDS"] == result["loop"]["HMMA"] == 256
-    assert sum(result["loop"].values()) < 6 * 256, result["loop"]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result["tokens"] for result in results] == [64, 32]
+    for result in results:
+        # Nothing but what the launch reserves stands in shared memory.
+        assert result["shared"] == codebook_launch.SHARED_BYTES
+        assert result["stack"] == 0
+        # 64 + 64 codes of a token in 32 lanes, and their own loads: six for eight tokens.
+        assert result["loop"]["LDS"] == (4 + 6 / 8) * result["tokens"]
+        # A product for two look-ups of keys or one of values.
+        assert result["loop"]["HMMA"] == 3 * result["tokens"]
+        assert sum(result["loop"].values()) < 26 * result["tokens"], result["loop"]
 
 
 @pytest.mark.gpu
