@@ -152,6 +152,21 @@ def test_kernels_match_float64_on_the_gpu(rows, bits, group_size, zero):
     assert_close(y, x, weight, bias)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "bits", "group_size", "zero"),
+    list(itertools.product((1, 3, 7, 16), (4, 8), (64, 128, 1024), (True, False))),
+)
+def test_wide_layers_match_float64_on_the_gpu(rows, bits, group_size, zero):
+    for shape in ((333, 1024), (2176, 4096)):
+        weight, _ = packed(*shape, bits, group_size, zero, scaled=zero, device="cuda")
+        x = guarded(torch.randn(rows, shape[1], dtype=torch.bfloat16, device="cuda"))
+        x = x if zero else x.half()
+        bias = torch.randn(shape[0], dtype=x.dtype, device="cuda")
+        y = integer_linear(x, weight, bias, implementation=Implementation.TRITON)
+        assert_close(y, x, weight, bias)
+
+
 def test_contradictions_are_refused():
     weight, _ = packed(6, 64, 4)
     with pytest.raises(ValueError, match="x ends in 63 channels, the weight takes 64"):
@@ -164,12 +179,18 @@ def test_contradictions_are_refused():
         integer_linear(torch.ones(2, 64).double(), weight, implementation=Implementation.TRITON)
 
 
-def test_kernels_compile_without_spills():
+def test_every_kernel_the_launcher_chooses_compiles_without_spills():
     script = Path(__file__).with_name("compile_integer_linear.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(script.parents[2])
-    command = [sys.executable, str(script), "80", "90"]
+    command = [sys.executable, str(script), "1", "3", "4", "16", "300"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    for facts in json.loads(done.stdout.splitlines()[-1]):
+    every = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {facts["kernel"] for facts in every} == {
+        "_vector_kernel",
+        "_matrix_kernel",
+        "_dense_kernel",
+    }
+    for facts in every:
         assert facts["stack"] == 0, facts

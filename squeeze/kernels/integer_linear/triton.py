@@ -17,10 +17,13 @@ from torch import Tensor
 
 from squeeze.types import IntegerWeight
 
-VECTOR_ROWS = 4  # up to here every row of x costs one multiply-add per weight
+VECTOR_ROWS = 1  # every row of x costs one multiply-add per weight
 TARGET_PROGRAMS = 264  # two per multiprocessor of a large GPU
-DENSE_ROWS = 256  # from here on decoding once and a library product are faster
+DENSE_ROWS = 16  # from here on decoding once and a library product are faster
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SLOW = tl.constexpr(INTERPRETED)
+_WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+_PICK = tl.constexpr(tuple(f"lop3.b32 $0, $1, {15 << 4 * n}, 0x4B000000, 0xEA;" for n in range(4)))
 
 
 @triton.jit
@@ -83,48 +86,100 @@ def _centred(low, high, middle, n: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def _power(exponents, column, mask, SCALED: tl.constexpr):
     """Factor 2**-exponent of columns [BT], float32; 1 where no column was scaled."""
-    if not SCALED:
-        return tl.full(column.shape, 1.0, tl.float32)
-    return tl.exp2(-tl.load(exponents + column, mask=mask, other=0).to(tl.float32))
+    if SCALED:
+        power = tl.exp2(-tl.load(exponents + column, mask=mask, other=0).to(tl.float32))
+    else:
+        power = tl.full(column.shape, 1.0, tl.float32)
+    return power
+
+
+@triton.jit
+def _widened(value):
+    """Change to float32; bfloat16 two at a time."""
+    if value.dtype == tl.bfloat16 and not SLOW:
+        wide = tl.inline_asm_elementwise(
+            _WIDEN, "=f,=f,r", [value], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        wide = value.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def _in_place(word, n: tl.constexpr, MIDDLE: tl.constexpr):
+    """16**n times (nibble n less MIDDLE) for n < 4, float32: no shift, no conversion."""
+    if SLOW:
+        number = ((word & (15 << (4 * n))) | 0x4B000000).to(tl.float32, bitcast=True)
+    else:  # the compiler would take two instructions for and and or
+        number = tl.inline_asm_elementwise(
+            _PICK[n], "=f,r", [word], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return number - (8388608.0 + MIDDLE * 16.0**n)
+
+
+@triton.jit
+def _centred_in_place(low, high, shift: tl.constexpr, n: tl.constexpr, BITS: tl.constexpr):
+    """16**n times the codes at one shift and nibble, less the middle of their range."""
+    if BITS <= 4:
+        entry = _in_place(low >> shift, n, 2 ** (BITS - 1))
+    else:
+        entry = _in_place(low >> shift, n, 0)
+        entry += 16.0 * _in_place(high >> shift, n, 2 ** (BITS - 5))
+    return entry
 
 
 @triton.jit
 def _vector_kernel(
     x, codes, scale, zero, exponents, bias, y, out_features, in_features, steps, x_stride,
     u: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """y[m, o] = sum_i x[m, i] W[o, i] + bias[o] for M <= 4 rows of x.
 
     One program computes BN outputs over the whole of ``in``: x and weights in float32, one
-    accumulator tile [BN, BT] per row of x, reduced once at the end.
+    accumulator tile [BN, BT] per row of x, reduced once at the end. Codes count from the middle of
+    their range; what a zero point is off it is taken from the sum of x. WHOLE: no row or step
+    of a tile is missing. EVEN: no column of a step is.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    row_mask = (rows < out_features)[:, None]
+    UNROLL: tl.constexpr = 1 if ASYMMETRIC or SCALED or M > 1 or BITS != 4 else 4  # or spills
+    row_mask = (tl.full((BN,), 1, tl.int1) if WHOLE else rows < out_features)[:, None]
+    start = rows.to(tl.int64)[:, None] * (steps // u)
     sums = (tl.zeros((BN, BT), tl.float32),) * M
     for t0 in range(0, steps, BT):
         t = t0 + tl.arange(0, BT)
-        words, mask, factor, middle = _step(
-            codes, scale, zero, rows, row_mask, t, steps, u, BITS, ASYMMETRIC
-        )
+        there = tl.full((BT,), 1, tl.int1) if WHOLE else t < steps
+        mask = row_mask & there[None, :]
+        group = start + (t // u)[None, :]
+        words = codes + group * (u * BITS) + (t % u)[None, :]
         first = (t // u) * (32 * u) + t % u
         parts = (tl.zeros((BN, BT), tl.float32),) * M  # in units of the scale
-        for c in tl.static_range(4):
+        inputs = (tl.zeros((BT,), tl.float32),) * M
+        for c in tl.range(0, 4, loop_unroll_factor=UNROLL):
             low, high = _codes(words, u, c, mask, BITS)
-            for n in tl.static_range(8):
-                column = first + (4 * n + c) * u
-                entry = _centred(low, high, middle, n, BITS)
-                keep = (t < steps) & (column < in_features)
+            for i in tl.static_range(8):
+                column = first + (4 * i + c) * u
+                keep = there if EVEN else there & (column < in_features)
+                entry = _centred_in_place(low, high, i // 4 * 16, i % 4, BITS)
                 power = _power(exponents, column, keep, SCALED)
-                new = ()
+                new, total = (), ()
                 for m in tl.static_range(M):
                     value = tl.load(x + m * x_stride + column, mask=keep, other=0.0)
-                    value = value.to(tl.float32) * power
+                    value = _widened(value) * power
+                    total = total + (inputs[m] + value,)  # noqa: RUF005
+                    value *= 16.0 ** -(i % 4)
                     new = new + (parts[m] + entry * value[None, :],)  # noqa: RUF005
-                parts = new
+                parts, inputs = new, total
+        factor = tl.load(scale + group, mask=mask, other=0.0).to(tl.float32)
+        if ASYMMETRIC:
+            off = tl.load(zero + group, mask=mask, other=0).to(tl.float32) - 2.0 ** (BITS - 1)
         scaled = ()
         for m in tl.static_range(M):
-            scaled = scaled + (sums[m] + parts[m] * factor,)  # noqa: RUF005
+            part = parts[m]
+            if ASYMMETRIC:
+                part -= off * inputs[m][None, :]
+            scaled = scaled + (sums[m] + part * factor,)  # noqa: RUF005
         sums = scaled
     keep = rows < out_features
     for m in tl.static_range(M):
@@ -181,34 +236,47 @@ def _matrix_kernel(
 
 @triton.jit
 def _dense_kernel(
-    codes, scale, zero, exponents, dense, out_features, in_features, steps,
+    codes, scale, zero, exponents, dense, size, groups, in_features,
     u: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, SCALED: tl.constexpr,
-    BN: tl.constexpr, BT: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dense[o, i] = W[o, i], one program per BN rows and BT steps."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    t = tl.program_id(1) * BT + tl.arange(0, BT)
-    row_mask = (rows < out_features)[:, None]
-    words, mask, factor, middle = _step(
-        codes, scale, zero, rows, row_mask, t, steps, u, BITS, ASYMMETRIC
-    )
-    first = (t // u) * (32 * u) + t % u
-    target = dense + rows.to(tl.int64)[:, None] * in_features
-    for c in tl.static_range(4):
-        low, high = _codes(words, u, c, mask, BITS)
-        for n in tl.static_range(8):
-            column = first + (4 * n + c) * u
-            keep = (t < steps) & (column < in_features)
-            entry = _centred(low, high, middle, n, BITS) * factor
-            entry *= _power(exponents, column, keep, SCALED)[None, :]
-            entry = entry.to(dense.dtype.element_ty)
-            tl.store(target + column[None, :], entry, mask=row_mask & keep[None, :])
+    """dense[o, i] = W[o, i]: BLOCK of the ``size`` words that hold eight low nibbles each.
+
+    Word q = c u + r of a group has the columns 4 n u + q: nibble by nibble, neighbours in words are
+    neighbours in columns. EVEN: groups fill the rows.
+    """
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < size
+    group, q = place // (4 * u), place % (4 * u)
+    if BITS % 4 == 0:
+        words = codes + group.to(tl.int64) * (u * BITS) + q
+        low = tl.load(words, mask=mask, other=0)
+        high = tl.load(words + (BITS - 4) * u, mask=mask, other=0)
+    else:
+        low, high = _codes(codes + group.to(tl.int64) * (u * BITS) + q % u, u, q // u, mask, BITS)
+    factor = tl.load(scale + group, mask=mask, other=0.0).to(tl.float32)
+    middle = tl.full((BLOCK,), 2 ** (BITS - 1), tl.float32)
+    if ASYMMETRIC:
+        middle = tl.load(zero + group, mask=mask, other=0).to(tl.float32)
+    for n in tl.static_range(8):
+        if EVEN:
+            target = group.to(tl.int64) * (32 * u) + q + 4 * n * u
+            keep = mask
+        else:
+            column = group % groups * (32 * u) + (4 * n * u + q)
+            target = (group // groups).to(tl.int64) * in_features + column
+            keep = mask & (column < in_features)
+        entry = _centred(low, high, middle, n, BITS) * factor
+        if SCALED:
+            column = group % groups * (32 * u) + (4 * n * u + q)
+            entry *= _power(exponents, column, keep, SCALED)
+        tl.store(dense + target, entry.to(dense.dtype.element_ty), mask=keep)
 
 
 def integer_linear(x: Tensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
     """Compute ``x @ W.T + bias`` by the kernel that suits the number of rows of ``x``.
 
-    Up to 4: multiply-add in float32; up to 256: matrix product on tiles decoded in registers.
+    One row: multiply-add in float32; up to 16: matrix product on tiles decoded in registers.
     Above: this layer's weight is decoded to a scratch in the dtype of ``x``, the library
     multiplies, and the scratch is freed.
     """
@@ -232,10 +300,12 @@ def dense(weight: IntegerWeight, dtype: torch.dtype) -> Tensor:
     out_features, in_features = weight.shape
     result = weight.codes.new_empty(out_features, in_features, dtype=dtype)
     steps, meta = _meta(weight)
-    bt = meta.pop("BT")
-    _dense_kernel[(triton.cdiv(out_features, 16), triton.cdiv(steps, bt))](
+    del meta["BT"]
+    size = 4 * steps * out_features
+    _dense_kernel[(triton.cdiv(size, 1024),)](
         weight.codes, weight.scale, weight.zero, weight.exponents, result,
-        out_features, in_features, steps, **meta, BN=16, BT=bt, num_warps=4,
+        size, weight.scale.shape[1], in_features,
+        **meta, EVEN=in_features % weight.group_size == 0, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return result
 
@@ -245,11 +315,16 @@ def _vector(x: Tensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
     out_features, in_features = weight.shape
     y = x.new_empty(len(x), out_features)
     steps, meta = _meta(weight)
-    bn = 8  # 16 would take twice the registers to save a tenth of the instructions
+    wide = len(x) == 1 and out_features >= 8192 and weight.bits <= 4
+    bn = 32 if wide else 16 if len(x) <= 2 else 8  # more would spill
+    whole = steps % meta["BT"] == 0 and out_features % bn == 0
+    # More threads than steps: then x is loaded where it is needed and not through shared memory.
     _vector_kernel[(triton.cdiv(out_features, bn),)](
         x, weight.codes, weight.scale, weight.zero, weight.exponents, bias, y,
         out_features, in_features, steps, x.stride(0),
-        M=len(x), **meta, BIASED=bias is not None, BN=bn, num_warps=4,
+        M=len(x), **meta, BIASED=bias is not None, WHOLE=whole,
+        EVEN=in_features % weight.group_size == 0, BN=bn, num_warps=8,
+        maxnreg=None if meta["SCALED"] or len(x) > 2 else 128,
     )  # fmt: skip
     return y
 
