@@ -3,6 +3,7 @@
 32 layers, 32 query and 8 key/value heads of 128, bfloat16, vocabulary of 128256, random weights.
 The squeezed model has 4-bit weights of random codebooks and indices (nothing is fitted: time does
 not depend on what they hold) and the cache of recipe ``kv4`` filled with copies of a random block.
+``unfused`` runs the modules of every layer in the recorded step, ``launched`` records nothing.
 The dense rows are transformers' own: ``eager`` over a DynamicCache, ``compiled`` over a StaticCache
 as ``generate`` compiles it. Caches are filled, not computed.
 
@@ -13,7 +14,8 @@ Run from the repository root, parts at a time; results are merged into ``--outpu
 ``step_ms`` is the median time of one call of the model and an argmax, the device awaited after each
 step; ``generate_ms`` that between the tokens of ``generate``; ``queued_ms`` the mean where the
 device is awaited at the end alone, which hides the launches that it can. ``first_ms`` lists the
-first steps: those that compile, tune and record. ``slowest_ms`` includes the encoding of blocks.
+first steps: those that compile, tune and record. ``slowest_ms`` includes the encoding of blocks;
+``encode_ms`` lists the steps that encoded, of 3 blocks: launched, recorded, replayed.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ from squeeze.compress import weight_method
 from squeeze.environment import environment
 
 SHAPES = ("1x1024", "1x32768", "8x32768", "32x8192")
-VARIANTS = ("squeezed", "launched", "eager", "compiled")
+SQUEEZED = ("squeezed", "unfused", "launched")
+VARIANTS = (*SQUEEZED, "eager", "compiled")
 WEIGHTS = [{"method": "kmeans", "bits": 4, "importance": "none"}]
 KERNELS = {
     "attention": ("attend", "_merge"),
@@ -56,6 +59,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--generate", action="store_true", help="time generate() as well")
+    parser.add_argument("--encode", action="store_true", help="time steps that encode blocks")
     parser.add_argument("--profile", action="store_true", help="list the kernels of a step")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode_step.json"))
     options = parser.parse_args()
@@ -63,10 +67,11 @@ def main() -> int:
     model = dense_model(options.layers)
     rows: list[dict[str, Any]] = []
     # The dense variants come first: squeezing frees the dense weights.
-    for variant in sorted(options.variants, key=("eager", "compiled", *VARIANTS[:2]).index):
-        if variant in ("squeezed", "launched"):
+    for variant in sorted(options.variants, key=("eager", "compiled", *SQUEEZED).index):
+        if variant in SQUEEZED:
             squeeze_model(model)
-            model.squeeze_step.enabled = variant == "squeezed"  # type: ignore[union-attr, operator]
+            step: Any = model.squeeze_step
+            step.enabled, step.fuses = variant != "launched", variant == "squeezed"
         for shape in options.shapes:
             row = {"implementation": variant, "shape": shape, "layers": options.layers}
             batch, length = map(int, shape.split("x"))
@@ -140,12 +145,26 @@ def measure(model: Any, variant: str, batch: int, length: int, options: Any) -> 
     result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     if options.profile:
         result |= profile(step)
+    if options.encode and variant in SQUEEZED:
+        result["encode_ms"] = encoding_steps(cache, step)
     return result
+
+
+def encoding_steps(cache: Any, step: Callable[[], Any], blocks: int = 3) -> list[float]:
+    """Milliseconds of the steps that encode a block of every row."""
+    times, stored = [], cache.packed_layers[0].max_blocks
+    with torch.no_grad():
+        while len(times) < blocks:
+            spent = timed(step)
+            if cache.packed_layers[0].max_blocks > stored:
+                stored = cache.packed_layers[0].max_blocks
+                times.append(spent)
+    return times
 
 
 def filled_cache(model: Any, variant: str, batch: int, length: int, room: int) -> Any:
     """Make a cache that holds ``length`` random tokens of every row."""
-    if variant in ("squeezed", "launched"):
+    if variant in SQUEEZED:
         return packed_cache(model, batch, length)
     if variant == "eager":
         cache: Any = DynamicCache(config=model.config)
@@ -275,24 +294,32 @@ def profile(step: Callable[[], Any], steps: int = 10) -> dict[str, Any]:
             step()
         torch.cuda.synchronize()
     spent: dict[str, float] = {"attention": 0.0, "weights": 0.0, "other": 0.0}
-    kernels = []
+    kernels, launches = [], 0.0
     for event in found.key_averages():
         micros = event.self_device_time_total / steps
         name = event.key
         kind = next((k for k, words in KERNELS.items() if any(w in name for w in words)), "other")
+        kind = "other" if "at::native" in name else kind
         spent[kind] += micros / 1000
+        launches += event.count / steps
         kernels.append((round(micros, 1), event.count / steps, event.key[:90]))
     kernels.sort(reverse=True)
     for kernel in kernels[:14]:
         print("   ", *kernel)
-    return {f"{kind}_ms": value for kind, value in spent.items()} | {"kernels": kernels[:30]}
+    result = {f"{kind}_ms": value for kind, value in spent.items()}
+    return result | {"launches": launches, "kernels": kernels[:30]}
 
 
 def summary(row: dict[str, Any]) -> str:
     """Say the figures of a row in one line."""
-    names = [n for n in row if n.endswith("_ms") and n != "first_ms"] + ["peak_gb"]
-    first = " ".join(f"{x:.0f}" for x in row["first_ms"])
-    return " ".join(f"{name} {row[name]:.2f}" for name in names) + f" first [{first}]"
+    lists = ("first_ms", "encode_ms")
+    names = [n for n in row if n.endswith("_ms") and n not in lists] + ["peak_gb"]
+    names += ["launches"] if "launches" in row else []
+    figures = [f"{name} {row[name]:.2f}" for name in names]
+    for name in lists:
+        if name in row:
+            figures.append(f"{name} [{' '.join(f'{x:.1f}' for x in row[name])}]")
+    return " ".join(figures)
 
 
 def save(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from squeeze import atomic, environment
+from squeeze import atomic, environment, processes
 from squeeze import export as export_module
 from squeeze import recipe as recipe_module
 from squeeze.cache_hook import static_cache
 from squeeze.calibrate import Stats, calibrate
-from squeeze.compress import compress
+from squeeze.compress import compress, fit_tables
 from squeeze.distill import distill, sequences
 from squeeze.errors import CheckpointError, RecipeError, nearest
 from squeeze.evaluation import check_tasks, evaluate
+from squeeze.evaluation.head_budgets import choose_budgets
 from squeeze.evaluation.inspection import PARTS, Sensitivity, inspect_layers
 from squeeze.evaluation.scoring import Progress
 from squeeze.evaluation.sensitivity import measure_and_allocate
@@ -38,14 +39,15 @@ from squeeze.evaluation.weight_bits import choose_weights
 from squeeze.expert_fit import note_unrouted
 from squeeze.export_compressed import export_compressed_tensors
 from squeeze.key_biases import find_huge
+from squeeze.layerwise import fit_layers, shifts, streamed
 from squeeze.loading import load_model, load_tokenizer
 from squeeze.model_info import ModelInfo, describe, locate
-from squeeze.plan import KV_LOSS, Plan, make_plan, resolve_device
+from squeeze.plan import KV_LOSS, PREFILL_CURVES, Plan, make_plan, resolve_device
 from squeeze.prompt import load_prompt, save_prompt
 from squeeze.recipe import Recipe
 from squeeze.report import Report
 from squeeze.swapping import Artifacts, Swap, swap
-from squeeze.types import StoredWeight
+from squeeze.types import StoredWeight, Tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -179,16 +181,27 @@ def run(
         tokenizer = load_tokenizer(info.source if given else model, trust_remote_code)  # type: ignore[arg-type]
     loaded: Any = model
     if not isinstance(model, nn.Module):
-        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        # Where layers are fitted one by one, one at a time is on the device.
+        whole = made.allocation is not None or PREFILL_CURVES in made.statistics
+        home = "cpu" if streamed(made) and not whole else device
+        loaded = load_model(model, device=home, dtype=dtype, trust_remote_code=trust_remote_code)
         # Biases are known now; all else was planned, and refused, before the weights were read.
         info = replace(info, key_biases=find_huge(loaded, info.attention))
         made = make_plan(parsed, info, device=device)
     with _work_folder(target, parsed, info, made) as work:
         made, stats, fitted = _calibrate(loaded, tokenizer, parsed, made, work, progress)
+        tables = fit_tables(loaded, made, stats, device)
+        quantized = parsed.calibration.inputs == "quantized" and shifts(made)
+        if streamed(made) and (quantized or not fitted):
+            made, own = _fit_layers(loaded, tokenizer, parsed, made, tables, work, progress)
+            fitted |= own
+            if not given:
+                loaded.to(device)
         artifacts = compress(
             loaded,
             made,
             stats,
+            tables=tables,
             folder=work and work / "weights",
             progress=progress,
             fitted=fitted,
@@ -234,7 +247,9 @@ def run(
                 conditions=_conditions(loaded, parsed, device),
             )
         if target is not None and work is not None:
-            _write(loaded, tokenizer, artifacts, report, parsed, info, target, work, overwrite)
+            processes.wait()
+            if processes.rank() == 0:
+                _write(loaded, tokenizer, artifacts, report, parsed, info, target, work, overwrite)
     return Result(loaded, tokenizer, made, artifacts, report)
 
 
@@ -285,12 +300,16 @@ def _work_folder(
         sort_keys=True,
     )
     marker = work / "key.json"
-    if not (marker.is_file() and marker.read_text(encoding="utf-8") == key):
+    ours = marker.is_file() and marker.read_text(encoding="utf-8") == key
+    if processes.rank() == 0 and not ours:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         atomic.write_text(marker, key)
+    processes.wait()
     yield work
-    shutil.rmtree(work)
+    processes.wait()
+    if processes.rank() == 0:
+        shutil.rmtree(work)
 
 
 def fingerprint(info: ModelInfo) -> list[Any]:
@@ -304,16 +323,23 @@ def fingerprint(info: ModelInfo) -> list[Any]:
 def _calibrate(
     model: Any, tokenizer: Any, recipe: Recipe, made: Plan, work: Path | None, progress: Any
 ) -> tuple[Plan, Stats | None, dict[str, StoredWeight]]:
-    """Measure what the plan's methods ask for, and settle what the recipe left open.
+    """Measure what the plan's methods ask of the whole model, and settle what the recipe left open.
 
     Settling weights fits them; these come back too.
     """
     folder, stats = work and work / "statistics", None
-    needed = set(made.statistics) - {KV_LOSS}
+    needed = set(made.statistics) - {KV_LOSS, PREFILL_CURVES} - streamed(made)
     if needed:
         tokens = calibration_tokens(tokenizer, recipe.calibration).to(model.device)
-        experts = any(row.experts for row in made.weights)
-        stats = calibrate(model, tokens, needed, folder=folder, progress=progress, experts=experts)
+        stats = calibrate(
+            model,
+            tokens,
+            needed,
+            folder=folder,
+            progress=progress,
+            experts=any(row.experts for row in made.weights),
+            device=made.device,
+        )
         made = note_unrouted(made, stats)
     if made.allocation is not None:
         made, stats = measure_and_allocate(
@@ -322,6 +348,18 @@ def _calibrate(
             made,
             stats,
             calibration_texts(recipe.calibration),
+            seed=recipe.calibration.seed,
+            folder=folder,
+            progress=progress,
+        )
+    if recipe.attention is not None and recipe.attention.mean_density is not None:
+        made = choose_budgets(
+            model,
+            tokenizer,
+            made,
+            calibration_texts(recipe.calibration),
+            recipe.attention.mean_density,
+            recipe.attention.length,
             seed=recipe.calibration.seed,
             folder=folder,
             progress=progress,
@@ -339,6 +377,28 @@ def _calibrate(
             progress=progress,
         )
     return made, stats, fitted
+
+
+def _fit_layers(
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    made: Plan,
+    tables: Tensors,
+    work: Path | None,
+    progress: Any,
+) -> tuple[Plan, dict[str, StoredWeight]]:
+    """Measure and fit weights layer by layer, where statistics of all at once would be large."""
+    return fit_layers(
+        model,
+        made,
+        calibration_tokens(tokenizer, recipe.calibration),
+        tables,
+        quantized=recipe.calibration.inputs == "quantized",
+        device=made.device,
+        folder=work and work / "layers",
+        progress=progress,
+    )
 
 
 def _distill(

@@ -2,7 +2,8 @@
 
 transformers calls one function for every attention layer. Ours reads, from the attention module,
 what the swap attached to it: the first call over an empty cache goes to the prefill policy or to
-the model's own attention, later calls to the packed cache.
+the model's own attention, later calls to the packed cache. A later part of a long prompt goes to
+the policy too, over the decoded cache.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class LayerState(nn.Module):
         self.dense, self.kv, self.policy = dense, kv, policy
         self.implementation = Implementation(implementation)
         self.padding: list[int] | None = None  # left padding of the rows of the running call
+        self.past: int | None = 0  # tokens before the running call, None where the device knows
+        self.types: Tensor | None = None  # of the running call's tokens, 0 for text
         self.density: Tensor | None = None  # per query head in the last forward, None = dense
         for name, table in (tables or {}).items():
             self.register_buffer(name, table)
@@ -179,14 +182,28 @@ def attention(
     if isinstance(key, Handle):
         layer, keys, values = key
         if layer.total > 0:
+            if _policy_acts(state, query, layer.total + query.shape[2]):
+
+                def sparse(whole_keys: Tensor, whole_values: Tensor) -> Tensor:
+                    types, pads = layer.types, layer.pads
+                    call = (query, whole_keys, whole_values, scale, softcap)
+                    return _sparse(state, *call, pads, types)
+
+                output = layer.attend_decoded(query, keys, values, scale, softcap, sparse)
+                return output.to(query.dtype).transpose(1, 2).contiguous(), None
             output, lse = layer.attend(query, keys, values, scale, softcap)
             if s_aux is not None:
                 output = output * torch.sigmoid(lse - s_aux.float().view(1, -1, 1)).unsqueeze(-1)
             return output.to(query.dtype).transpose(1, 2).contiguous(), None
     else:
         layer, keys, values = None, key, value  # type: ignore[assignment]
-    if _policy_acts(state, query, keys):
-        output = _sparse(state, query, keys, values, scale, softcap)
+    if (
+        state.past is not None
+        and keys.shape[2] == state.past + query.shape[2]  # not a cache with room to fill
+        and _policy_acts(state, query, keys.shape[2])
+    ):
+        call = (query, keys, values, scale, softcap)
+        output = _sparse(state, *call, state.padding, state.types)
         result: tuple[Tensor, Any] = (output.transpose(1, 2).contiguous(), None)
     else:
         extra: dict[str, Any] = {"softcap": softcap} if softcap is not None else {}
@@ -200,13 +217,10 @@ def attention(
     return result
 
 
-def _policy_acts(state: LayerState, query: Tensor, keys: Tensor) -> bool:
-    # Only the first call over an empty cache is self-attention of T tokens.
-    length = query.shape[2]
+def _policy_acts(state: LayerState, query: Tensor, length: int) -> bool:
     return (
         state.policy is not None
-        and length == keys.shape[2]
-        and length > DECODE_QUERIES
+        and query.shape[2] > DECODE_QUERIES
         and length >= state.policy.min_length
     )
 
@@ -218,15 +232,21 @@ def _sparse(
     values: Tensor,
     scaling: float,
     softcap: float | None,
+    pads: list[int] | None,
+    types: Tensor | None,
 ) -> Tensor:
-    batch, _, length, _ = query.shape
-    pads = state.padding if state.padding and any(state.padding) else None
-    starts = None if pads is None else torch.tensor(pads, device=query.device)
-    index = state.policy.index(query, keys, starts, scaling, softcap)
+    batch, length, before = query.shape[0], keys.shape[2], keys.shape[2] - query.shape[2]
+    starts = torch.tensor(pads, device=query.device) if pads and any(pads) else None
+    extra = {}
+    if getattr(state.policy, "asks_types", False) and types is not None:
+        extra = {"types": types} if types.shape[1] == length else {}
+    index = state.policy.index(query, keys, starts, scaling, softcap, **extra)
     lengths = torch.full((batch,), length, device=query.device)
+    begins = torch.full((batch,), before, device=query.device)
     if starts is not None:
         lengths = (lengths - starts).clamp(min=1)
-    state.density = density(index, lengths).mean(0)
+        begins = torch.minimum((begins - starts).clamp(min=0), lengths - 1)
+    state.density = density(index, lengths, begins).mean(0)
     output, _ = block_sparse_attention(
         query,
         keys,

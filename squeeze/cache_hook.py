@@ -27,7 +27,10 @@ class CacheHook:
     def __init__(self, config: Any, states: dict[int, LayerState]) -> None:
         self.config, self.states = config, states
         self.packs = any(state.kv is not None for state in states.values())
-        self.asks_types = any(s.kv and s.kv.salience == "token_types" for s in states.values())
+        self.asks_types = any(
+            (s.kv and s.kv.salience == "token_types") or getattr(s.policy, "asks_types", False)
+            for s in states.values()
+        )
         self.types: Tensor | None = None
 
     def __call__(
@@ -57,7 +60,8 @@ class CacheHook:
                 tokens = kwargs["inputs_embeds"] if tokens is None else tokens
                 cache.note_types(self.types, tokens.shape[1])
         for state in self.states.values():
-            state.padding = pads
+            state.padding, state.types = pads, self.types
+            state.past = past if isinstance(past, int) else None
         return (), kwargs
 
     def read_types(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AttentionInterface, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from squeeze import atomic, magnitudes, mixer
-from squeeze.errors import CheckpointError, UnsupportedError
-from squeeze.fused import unfuse
+from squeeze import magnitudes, mixer, processes
+from squeeze.errors import CheckpointError
+from squeeze.layers import Call, Layers, linears
 from squeeze.model_info import describe
+from squeeze.tensor_files import flatten, read, read_own, unflatten, write
 
 STATISTICS = (
     "fisher",
@@ -38,10 +34,11 @@ STATISTICS = (
     "output_hessian",
 )
 BACKWARD = {"fisher", "guided_hessian", "output_hessian"}  # need the loss's gradient
+MATRICES = {"hessian", *BACKWARD}  # as large as weights, or larger
 SAMPLED_TOKENS = 8192  # of every layer, over all samples
 OBSERVED = "squeeze_observed"  # our attention function that shows its queries
 GROUP = 4  # samples carried through a layer together, and between two saves
-PARTIAL = "calibration.partial.safetensors"
+PARTIAL = "calibration.partial.safetensors"  # of a process among several: with its number
 
 Progress = Callable[[str, int, int], None]
 
@@ -83,7 +80,7 @@ class Stats:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically."""
-        _write(path, _flatten(self.tensors), {"samples": self.samples, "tokens": self.tokens})
+        write(path, flatten(self.tensors), {"samples": self.samples, "tokens": self.tokens})
 
     @classmethod
     def load(cls, path: Path) -> Stats:
@@ -92,10 +89,10 @@ class Stats:
         Raises:
             CheckpointError: the file is missing, damaged, or of another kind.
         """
-        tensors, about = _read(path)
+        tensors, about = read(path)
         if not {"samples", "tokens"} <= about.keys():
             raise CheckpointError(str(path), "holds no calibration statistics")
-        return cls(_unflatten(tensors), about["samples"], about["tokens"])
+        return cls(unflatten(tensors), about["samples"], about["tokens"])
 
 
 def calibrate(
@@ -106,12 +103,14 @@ def calibrate(
     folder: Path | None = None,
     progress: Progress | None = None,
     experts: bool = False,
+    device: torch.device | str | None = None,
 ) -> Stats:
     """Run calibration text through the model and collect the statistics.
 
     Decoder layers are visited one by one, forwards for their inputs and backwards for gradients;
     only the visited layer is copied and differentiated. On a CPU that copy is float32, on other
-    devices it has the model's dtype. Accumulators are float32 on the CPU.
+    devices it has the model's dtype. Accumulators are float32 on the CPU. Under an initialised
+    ``torch.distributed`` each process reads its part of the samples, and all get what all measured.
 
     ``fisher`` is, per linear layer of a decoder layer, the squared gradient of the summed
     next-token loss with respect to the weight, averaged over samples. Of such a layer with inputs x
@@ -135,6 +134,7 @@ def calibrate(
         progress: Called as ``progress("calibrate", samples done, samples)``.
         experts: Measure the fused experts of mixtures too, each as a linear layer over the tokens
             routed to it, named ``<parameter>.<number>``; missing where there were none.
+        device: Where layers run; by default where the model is.
     Returns:
         The statistics, on the CPU.
     Raises:
@@ -157,50 +157,23 @@ def calibrate(
         raise ValueError(f"tokens must be [N, T] with T > 1, got {tuple(tokens.shape)}")
     if not statistics:
         return Stats({}, 0, 0)
-    run = _Run(model, tokens, statistics, experts)
+    run = _Run(model, tokens, statistics, experts, device)
+    own = processes.share(len(tokens))
     done = run.resume(folder) if folder else 0
     training = model.training
     model.eval()
     try:
-        while done < len(tokens):
-            group = tokens[done : done + GROUP]
-            run.group(group, done)
+        while done < len(own):
+            group = own[done : done + GROUP]
+            run.group(tokens[group.start : group.stop], group.start)
             done += len(group)
             if folder:
                 run.save(folder, done)
             if progress:
-                progress("calibrate", done, len(tokens))
+                progress("calibrate", done, len(own))
     finally:
         model.train(training)
     return run.stats()
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments one decoder layer was called with."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def hidden(self) -> Tensor:
-        """The layer's input, ``[1, T, hidden]``."""
-        return self.args[0] if self.args else self.kwargs["hidden_states"]
-
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Call the layer with another input, floating arguments in its dtype."""
-        args = [_cast(value, hidden.dtype) for value in self.args[1:]]
-        kwargs = {name: _cast(value, hidden.dtype) for name, value in self.kwargs.items()}
-        if self.args:
-            args.insert(0, hidden)
-        else:
-            kwargs["hidden_states"] = hidden
-        output = layer(*args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-
-class _Recorded(Exception):  # noqa: N818
-    """Every decoder layer's arguments are known; the rest of the forward is not needed."""
 
 
 class _Seen(DynamicCache):
@@ -218,7 +191,7 @@ class _Seen(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Add ``[1, H_kv, T, D]`` keys to the layer's sum, and keep chosen tokens."""
         if self.active:
-            _add(self.sums, layer_idx, key_states.double().sum(dim=(0, 2)))
+            add(self.sums, layer_idx, key_states.double().sum(dim=(0, 2)))
         if self.active and self.kept is not None:
             both = [x[0, :, self.kept.to(x.device)] for x in (key_states, value_states)]
             self.samples.setdefault(layer_idx, []).append(_half(torch.stack(both)))
@@ -229,21 +202,24 @@ class _Run:
     """Accumulators of one calibration, and the passes that feed them."""
 
     def __init__(
-        self, model: nn.Module, tokens: Tensor, statistics: set[str], experts: bool
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        statistics: set[str],
+        experts: bool,
+        device: torch.device | str | None,
     ) -> None:
-        self.model, self.tokens, self.experts = model, tokens, experts
-        self.path, self.layers = _decoder_layers(model)
+        self.model, self.tokens = model, tokens
+        self.layers = Layers(model, device, experts)
         self.attention = {info.layer: info.module for info in describe(model).attention}  # type: ignore[arg-type]
         self.sums: dict[str, dict[str, Tensor]] = {name: {} for name in sorted(statistics)}
-        self.device = next(model.parameters()).device
 
     def group(self, tokens: Tensor, first: int) -> None:
         """Add a few samples, the one at index ``first`` and those after it."""
         keys = _Seen(self._kept() if "kv_samples" in self.sums else None)
         calls = [self._record(sample, i, keys) for i, sample in enumerate(tokens, first)]
-        inputs = [[_widen(call[0].hidden) for call in calls]]
-        for index, layer in enumerate(self.layers):
-            runner = self._copy(layer)
+        inputs: list[list[Tensor]] = []
+        for index, runner, sweep in self.layers.forward(calls, inputs):
             if "kv_importance" in self.sums:
                 self._watch(runner)
             seen: dict[str, Tensor] = {}
@@ -253,31 +229,29 @@ class _Run:
             if "input_importance" in self.sums:
                 _count_inputs(runner, counts)
             observers = _observe_mixers(runner) if "mixer_magnitudes" in self.sums else {}
-            with torch.no_grad():
-                pairs = zip(inputs[-1], calls, strict=True)
-                inputs.append([call[index].run(runner, hidden) for hidden, call in pairs])
+            deque(sweep, maxlen=0)
             self._collect("hessian", index, seen)
             self._collect("input_importance", index, counts)
             self._collect("mixer_magnitudes", index, {n: o.counts for n, o in observers.items()})
         keys.active = False
         for index, total in keys.sums.items() if "key_mean" in self.sums else ():
-            _add(self.sums["key_mean"], self.attention[index], total.cpu())
+            add(self.sums["key_mean"], self.attention[index], total.cpu())
         for index, parts in keys.samples.items():
             self._append("kv_samples", self.attention[index], torch.cat(parts, dim=2))
         if BACKWARD & self.sums.keys():
             self._backward(tokens, inputs, calls)
 
-    def _copy(self, layer: nn.Module) -> nn.Module:
-        """Copy one layer, with its experts as linear layers where they are to be measured."""
-        runner = _copy(layer)
-        if self.experts:
-            unfuse(runner)
-        return runner
-
     def _collect(self, statistic: str, index: int, seen: dict[str, Tensor]) -> None:
         """Add what a few samples gave of one layer's linear modules, by name inside the layer."""
         for name, total in seen.items():
-            _add(self.sums[statistic], f"{self.path}.{index}.{name}", total.cpu())
+            add(self.sums[statistic], self.layers.name(index, name), total.cpu())
+
+    def _record(self, sample: Tensor, index: int, cache: DynamicCache) -> list[Call]:
+        """Learn the arguments of every decoder layer."""
+        # A state that the first pass leaves behind would start the second.
+        held = {"past_key_values": cache} if self.attention else {}
+        positions = self._positions(index)
+        return self.layers.record(sample, use_cache=bool(held), **held, **positions)
 
     def _positions(self, index: int) -> dict[str, Tensor]:
         """Spread the samples over all positions: RoPE takes keys elsewhere late in a context.
@@ -292,7 +266,7 @@ class _Run:
         samples, length = self.tokens.shape
         free = max(0, config.max_position_embeddings - length)
         start = free * index // max(1, samples - 1)
-        return {"position_ids": torch.arange(start, start + length, device=self.device)[None]}
+        return {"position_ids": torch.arange(start, start + length, device=self.layers.home)[None]}
 
     def _kept(self) -> Tensor:
         """Choose the tokens of a sample that are kept, int64 ``[n]``, evenly spaced."""
@@ -324,105 +298,42 @@ class _Run:
         """Add the squares of queries ``[1, H, T, D]`` that read keys ``[1, H_kv, T, D]``."""
         squares = query.double().square().sum(dim=(0, 2)).unflatten(0, (key.shape[1], -1)).mean(1)
         tokens = torch.full_like(squares, query.shape[2])
-        _add(self.sums["kv_importance"], name, torch.stack([squares, tokens]).cpu())
-
-    def _record(self, sample: Tensor, index: int, cache: DynamicCache) -> list[_Call]:
-        """Learn the arguments of every decoder layer, without running any."""
-        calls: list[_Call] = []
-
-        def stand_in(*args: Any, **kwargs: Any) -> Tensor:
-            calls.append(_Call(args, kwargs))
-            if len(calls) == len(self.layers):
-                raise _Recorded
-            return calls[-1].hidden
-
-        try:
-            with _replaced(self.layers, stand_in), torch.no_grad():
-                self.model(
-                    sample[None].to(self.device),
-                    # A state that the first pass leaves behind would start the second.
-                    **({"past_key_values": cache} if self.attention else {}),
-                    use_cache=bool(self.attention),
-                    **self._positions(index),
-                )
-        except _Recorded:
-            return calls
-        raise UnsupportedError(self.path, f"{len(calls)} of {len(self.layers)} layers were called")
+        add(self.sums["kv_importance"], name, torch.stack([squares, tokens]).cpu())
 
     def _backward(
-        self, tokens: Tensor, inputs: list[list[Tensor]], calls: list[list[_Call]]
+        self, tokens: Tensor, inputs: list[list[Tensor]], calls: list[list[Call]]
     ) -> None:
-        """Backpropagate each sample's loss through one layer at a time, from the last."""
-        pairs = zip(tokens, inputs.pop(), strict=True)
-        grads = [self._loss_grad(sample, hidden) for sample, hidden in pairs]
-        for index in reversed(range(len(self.layers))):
-            runner = self._copy(self.layers[index])
-            linears = _linears(runner) if "fisher" in self.sums else {}
-            for linear in linears.values():
-                linear.weight.requires_grad_(True)
-            seen: dict[str, dict[str, Tensor]] = {
-                name: {} for name in ("guided_hessian", "output_hessian") if name in self.sums
-            }
-            _observe_gradients(runner, seen)
-            for sample, source in enumerate(inputs.pop()):
-                hidden = source.detach().requires_grad_(True)
-                calls[sample][index].run(runner, hidden).backward(grads[sample])
-                assert hidden.grad is not None
-                grads[sample] = hidden.grad
-                for name, linear in linears.items():
-                    if linear.weight.grad is not None:
-                        square = linear.weight.grad.float().square().cpu()
-                        _add(self.sums["fisher"], f"{self.path}.{index}.{name}", square)
-                        linear.weight.grad = None
+        """Add what the gradients of a few samples give."""
+        for index, runner, sweep in self.layers.backward(tokens, inputs, calls):
+            seen: dict[str, dict[str, Tensor]] = {n: {} for n in BACKWARD & self.sums.keys()}
+            observe_gradients(linears(runner), seen)
+            deque(sweep, maxlen=0)
             for statistic, sums in seen.items():
                 self._collect(statistic, index, sums)
 
-    def _loss_grad(self, sample: Tensor, hidden: Tensor) -> Tensor:
-        """Gradient of the summed next-token loss with respect to the last layer's output."""
-        hidden = hidden.detach().requires_grad_(True)
-        narrow = hidden.to(next(self.model.parameters()).dtype)
-
-        def stand_in(*args: Any, **kwargs: Any) -> Tensor:
-            return narrow
-
-        ids = sample[None].to(self.device)
-        with _replaced(self.layers, stand_in), torch.enable_grad():
-            logits = self.model(ids, use_cache=False).logits[0, :-1].float()
-            loss = functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
-            return torch.autograd.grad(loss, hidden)[0]
-
-    def fingerprint(self) -> str:
-        """Tell runs apart that must not continue one another."""
-        digest = hashlib.sha256(self.tokens.cpu().numpy().tobytes())
-        asked = (sorted(self.sums), GROUP, tuple(self.tokens.shape), self.experts)
-        digest.update(repr(asked).encode())
-        for name, parameter in self.model.named_parameters():
-            total = parameter.detach().double().sum().item()
-            digest.update(repr((name, tuple(parameter.shape), total)).encode())
-        return digest.hexdigest()
-
     def save(self, folder: Path, done: int) -> None:
         """Write the accumulators and how many samples they hold."""
-        _write(folder / PARTIAL, _flatten(self.sums), {"done": done, "run": self.run_id})
+        write(self._partial(folder), flatten(self.sums), {"done": done, "run": self.run_id})
 
     def resume(self, folder: Path) -> int:
         """Read the accumulators of a killed run; return how many samples they hold."""
-        self.run_id = self.fingerprint()
-        if not (folder / PARTIAL).exists():
+        asked = (sorted(self.sums), GROUP, self.layers.experts, processes.count())
+        self.run_id = fingerprint(self.model, self.tokens, asked)
+        path = self._partial(folder)
+        if not path.exists():
             return 0
-        tensors, about = _read(folder / PARTIAL)
-        if about.get("run") != self.run_id:
-            raise CheckpointError(
-                str(folder / PARTIAL),
-                "progress of a calibration with another model, text or statistics",
-                remedy="Remove the file or choose another folder",
-            )
-        self.sums |= _unflatten(tensors)
+        tensors, about = read_own(path, self.run_id, "progress of a calibration")
+        self.sums |= unflatten(tensors)
         return int(about["done"])
+
+    def _partial(self, folder: Path) -> Path:
+        return folder / (f"{processes.rank()}.{PARTIAL}" if processes.count() > 1 else PARTIAL)
 
     def stats(self) -> Stats:
         """Turn sums into means."""
         samples, count = len(self.tokens), self.tokens.numel()
+        kept = processes.append({n: s for n, s in self.sums.items() if n == "kv_samples"}, dim=2)
+        self.sums = processes.add_up({n: s for n, s in self.sums.items() if n not in kept}) | kept
         divisor = {"fisher": samples, "key_mean": count, "kv_importance": count}
         divisor |= dict.fromkeys(("hessian", "guided_hessian", "output_hessian"), count)
         means = {
@@ -435,9 +346,14 @@ class _Run:
         return Stats(means, samples, count)
 
 
-def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
-    """Find the linear modules of a layer by name."""
-    return {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+def fingerprint(model: nn.Module, tokens: Tensor, asked: object) -> str:
+    """Tell runs apart that must not continue one another."""
+    digest = hashlib.sha256(tokens.cpu().numpy().tobytes())
+    digest.update(repr((tuple(tokens.shape), asked)).encode())
+    for name, parameter in model.named_parameters():
+        total = parameter.detach().double().sum().item()
+        digest.update(repr((name, tuple(parameter.shape), total)).encode())
+    return digest.hexdigest()
 
 
 def _observe_inputs(layer: nn.Module, sums: dict[str, Tensor]) -> None:
@@ -445,9 +361,9 @@ def _observe_inputs(layer: nn.Module, sums: dict[str, Tensor]) -> None:
 
     def observe(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().flatten(0, -2).float()
-        _add(sums, name, x.T @ x)
+        add(sums, name, x.T @ x)
 
-    for name, linear in _linears(layer).items():
+    for name, linear in linears(layer).items():
         linear.register_forward_pre_hook(functools.partial(observe, name))
 
 
@@ -455,9 +371,9 @@ def _count_inputs(layer: nn.Module, sums: dict[str, Tensor]) -> None:
     """Count the magnitudes of inputs times column norms, ``[BINS]`` for each linear module."""
 
     def observe(name: str, norms: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        _add(sums, name, magnitudes.count(args[0] * norms))
+        add(sums, name, magnitudes.count(args[0] * norms))
 
-    for name, linear in _linears(layer).items():
+    for name, linear in linears(layer).items():
         norms = linear.weight.detach().float().norm(dim=0)
         linear.register_forward_pre_hook(functools.partial(observe, name, norms))
 
@@ -470,27 +386,36 @@ def _observe_mixers(layer: nn.Module) -> dict[str, mixer.Observer]:
     return found
 
 
-def _observe_gradients(layer: nn.Module, sums: dict[str, dict[str, Tensor]]) -> None:
-    """Sum products of inputs and output gradients during the backward passes of a copied layer.
+def observe_gradients(linears: Mapping[str, nn.Linear], sums: dict[str, dict[str, Tensor]]) -> None:
+    """Sum products of inputs and output gradients during the backward passes of linear modules.
 
-    ``guided_hessian`` sums ``mean(g^2) x x^T``, ``[1, in, in]``; ``output_hessian`` sums
+    Of the statistics that ``sums`` names, ``fisher`` sums ``(g x^T)^2`` over calls, ``[out, in]``,
+    ``guided_hessian`` ``mean(g^2) x x^T`` over tokens, ``[1, in, in]``, and ``output_hessian``
     ``g g^T``, ``[out, out]``.
     """
 
     def gradient(name: str, x: Tensor, grad: Tensor) -> None:
-        g = grad.flatten(0, -2).float()
+        g, x = grad.flatten(0, -2).float(), x.flatten(0, -2).float()
+        if "fisher" in sums:
+            add(sums["fisher"], name, (g.T @ x).square())
         if "guided_hessian" in sums:
-            y = x.flatten(0, -2).float() * g.square().mean(1, keepdim=True).sqrt()
-            _add(sums["guided_hessian"], name, (y.T @ y)[None])
+            y = x * g.square().mean(1, keepdim=True).sqrt()
+            add(sums["guided_hessian"], name, (y.T @ y)[None])
         if "output_hessian" in sums:
-            _add(sums["output_hessian"], name, g.T @ g)
+            add(sums["output_hessian"], name, g.T @ g)
 
-    def observe(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    for name, linear in linears.items() if sums else ():
+        on_gradient(linear, functools.partial(gradient, name))
+
+
+def on_gradient(linear: nn.Module, act: Callable[[Tensor, Tensor], None]) -> None:
+    """Call ``act`` with the input of a linear module and the gradient of its output, after each."""
+
+    def observe(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(functools.partial(gradient, name, args[0].detach()))
+            output.register_hook(functools.partial(act, args[0].detach()))
 
-    for name, linear in _linears(layer).items() if sums else ():
-        linear.register_forward_hook(functools.partial(observe, name))
+    linear.register_forward_hook(observe)
 
 
 def _observed(
@@ -513,93 +438,9 @@ def _half(x: Tensor) -> Tensor:
     return x.clamp(-limit, limit).to(torch.float16)
 
 
-def _decoder_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """Find the longest module list whose members hold attention or mixers with a layer index."""
-    best: tuple[str, list[nn.Module]] = ("", [])
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > len(best[1]):
-            indexed = (any(hasattr(m, "layer_idx") for m in layer.modules()) for layer in module)
-            if all(indexed):
-                best = (name, list(module))
-    if not best[1]:
-        raise UnsupportedError(
-            type(model).__name__, "no list of decoder layers was found",
-            "decoder-only models whose attention modules carry layer_idx",
-        )  # fmt: skip
-    return best
-
-
-@contextmanager
-def _replaced(layers: list[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Let another function stand in for every layer's forward."""
-    before = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            del layer.__dict__["forward"]
-            if old is not None:
-                layer.__dict__["forward"] = old
-
-
-def _copy(layer: nn.Module) -> nn.Module:
-    """Copy one layer without gradients, in the dtype to compute in."""
-    runner = copy.deepcopy(layer).requires_grad_(False)
-    for module in [m for m in runner.modules() if mixer.is_known(m)]:
-        mixer.attach(module, mixer.MixerState())  # calls every linear layer, so that hooks see it
-    return runner.float() if next(runner.parameters()).device.type == "cpu" else runner
-
-
-def _widen(hidden: Tensor) -> Tensor:
-    """Half-precision products are slow on a CPU; compute in float32 there."""
-    return hidden.float() if hidden.device.type == "cpu" else hidden
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Cast floating tensors, in tuples too, and leave anything else."""
-    if isinstance(value, tuple):
-        return tuple(_cast(item, dtype) for item in value)
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.to(dtype)
-    return value
-
-
-def _add(sums: dict[Any, Tensor], name: Any, value: Tensor) -> None:
+def add(sums: dict[Any, Tensor], name: Any, value: Tensor) -> None:
     """Add to a named sum, in place."""
     if name in sums:
         sums[name] += value
     else:
         sums[name] = value
-
-
-def _flatten(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Join statistic and module name with a slash."""
-    return {f"{s}/{name}": t for s, modules in tensors.items() for name, t in modules.items()}
-
-
-def _unflatten(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Undo ``_flatten``."""
-    result: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        statistic, name = key.split("/", 1)
-        result.setdefault(statistic, {})[name] = tensor
-    return result
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write tensors and facts about them in one step."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with atomic.replacing(path) as draft:
-        save_file(contiguous, draft, metadata={"squeeze": json.dumps(dict(about))})
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and the facts beside them."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("squeeze", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(str(path), f"cannot be read ({error})") from error

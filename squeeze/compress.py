@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ from squeeze.attention import table_name
 from squeeze.calibrate import Stats
 from squeeze.expert_fit import fit_experts
 from squeeze.folding import FOLDED, exponents, folded_tables, scaled
+from squeeze.linear import reconstruct, unfolded
 from squeeze.plan import Plan, WeightPlan, build_method
 from squeeze.scaling import exponents_of, parameter_scales
 from squeeze.swapping import Artifacts, chain
 from squeeze.types import ExpertWeights, PackedWeight, StoredWeight, Tensors
 
 
-@torch.no_grad()
 def compress(
     model: nn.Module,
     plan: Plan,
     stats: Stats | None,
     *,
+    tables: Tensors | None = None,
     folder: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     fitted: Mapping[str, StoredWeight] | None = None,
@@ -38,7 +39,9 @@ def compress(
     Args:
         model: The dense model.
         plan: What to do.
-        stats: Holds every statistic that ``plan.statistics`` names; may be ``None`` if none.
+        stats: Holds every statistic that ``plan.statistics`` names, but for those of modules in
+            ``fitted``; may be ``None`` if none is left.
+        tables: What ``fit_tables`` returned, if it was called.
         folder: Finished modules are saved here and found again by a resumed run.
         progress: Called as ``progress("compress", done, total)``.
         fitted: Modules that were fitted as the plan says already.
@@ -46,27 +49,119 @@ def compress(
     Returns:
         Artifacts on the CPU.
     """
-    tables = _tables(plan, stats, next(model.parameters()).device)
+    if tables is None:
+        tables = fit_tables(model, plan, stats)
+    weights = fit_weights(
+        model, plan, stats, tables, folder=folder, progress=progress, fitted=fitted
+    )
+    return Artifacts(plan, weights, tables)
+
+
+@torch.no_grad()
+def fit_tables(
+    model: nn.Module, plan: Plan, stats: Stats | None, device: torch.device | str | None = None
+) -> Tensors:
+    """Fit the cache formats, transforms, mixers' scales and thresholds that a plan names.
+
+    Args:
+        model: The dense model.
+        plan: What to do.
+        stats: Holds the statistics that these ask for.
+        device: Where to fit; by default where the model is.
+
+    Returns:
+        Dotted buffer name to table, on the CPU.
+    """
+    home = next(model.parameters()).device
+    tables = _tables(plan, stats, home if device is None else torch.device(device))
     tables |= _mixer_tables(plan, stats)
-    tables |= _thresholds(model, plan, stats)
+    return tables | _thresholds(model, plan, stats)
+
+
+@torch.no_grad()
+def fit_weights(
+    model: nn.Module,
+    plan: Plan,
+    stats: Stats | None,
+    tables: Tensors,
+    *,
+    folder: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    fitted: Mapping[str, StoredWeight] | None = None,
+    targets: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
+) -> dict[str, StoredWeight]:
+    """Fit the weights that a plan names, those whose inputs have common scales together.
+
+    Args:
+        model: The dense model.
+        plan: What to do.
+        stats: Holds what the weights' methods ask for.
+        tables: All that the model's weights will be folded with.
+        folder: Finished modules are saved here and found again by a resumed run.
+        progress: Called as ``progress("compress", done, total)``.
+        fitted: Modules that are fitted already.
+        targets: By module, what to fit in place of its weight, float32 ``[out, in]``.
+        device: Where to fit; by default where the model is.
+
+    Returns:
+        Module name to packed weight, on the CPU.
+    """
     rotated = {row.rotates for row in plan.mixers}
     paths = {r.module: folder and folder / f"{r.module}.safetensors" for r in plan.weights}
     weights = dict(fitted or {})
     left = [row for row in plan.weights if row.module not in weights]
     found = {row.module: _resume(paths[row.module], row) for row in left}
     weights |= {module: weight for module, weight in found.items() if weight is not None}
+    dense = _Dense(model, targets or {}, device)
     folds = exponents(model, folded_tables(tables))
-    scales = _input_exponents(model, plan, stats, folds, exponents_of(weights))
+    scales = _input_exponents(dense, plan, stats, folds, exponents_of(weights))
     rows = parameter_scales(model, plan.weights, scales)
     folds |= {name: exponent for name, (exponent, dim) in rows.items() if dim == 0}
     for done, row in enumerate(plan.weights):
         if row.module not in weights:
             fold, columns = folds.get(f"{row.module}.weight"), scales.get(row.module)
             turned = row.module in rotated
-            weights[row.module] = _fit(model, row, stats, paths[row.module], fold, columns, turned)
+            weights[row.module] = _fit(dense, row, stats, paths[row.module], fold, columns, turned)
         if progress:
             progress("compress", done + 1, len(plan.weights))
-    return Artifacts(plan, weights, tables)
+    return weights
+
+
+@torch.no_grad()
+def dense_weights(model: nn.Module, artifacts: Artifacts) -> Tensors:
+    """Write out what packed weights stand for in the dense model, float32 ``[out, in]``.
+
+    Key scales, input scales and rotations are taken out; experts are named by their numbers.
+    """
+    folds = row_exponents(model, artifacts)
+    rotated = {row.rotates for row in artifacts.plan.mixers}
+    result: Tensors = {}
+    for row in artifacts.plan.weights:
+        weight = artifacts.weights[row.module]
+        if isinstance(weight, ExpertWeights):
+            for expert in range(weight.experts):
+                result[f"{row.module}.{expert}"] = reconstruct(unfolded(weight.expert(expert)))
+            continue
+        values, fold = reconstruct(unfolded(weight)), folds.get(f"{row.module}.weight")
+        values = mixer.rotate(values) if row.module in rotated else values
+        result[row.module] = values if fold is None else scaled(values, -fold)
+    return result
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """The weights to fit: a model's, or others in their place."""
+
+    model: nn.Module
+    targets: Mapping[str, Tensor]
+    device: torch.device | None
+
+    def weight(self, module: str) -> Tensor:
+        """Return a linear layer's weight, float32 ``[out, in]``."""
+        held: Any = self.model.get_submodule(module)
+        weight: Tensor = self.targets.get(module, held.weight)
+        return weight.detach().to(self.device).float()
 
 
 def weight_method(row: WeightPlan) -> Any:
@@ -83,7 +178,7 @@ def row_exponents(model: nn.Module, artifacts: Artifacts) -> Tensors:
 
 
 def _fit(
-    model: nn.Module,
+    dense: _Dense,
     row: WeightPlan,
     stats: Stats | None,
     path: Path | None,
@@ -93,9 +188,8 @@ def _fit(
 ) -> StoredWeight:
     method = weight_method(row)
     if row.experts:
-        return _keep(row, fit_experts(model, row, method, stats), path)
-    module: Any = model.get_submodule(row.module)
-    weight = module.weight.detach().float()
+        return _keep(row, fit_experts(dense.model, row, method, stats, dense.device), path)
+    weight = dense.weight(row.module)
     measured = stats.tensors if stats else {}
     needed = {name: measured[name][row.module].to(weight.device) for name in method.statistics}
     if fold is not None:
@@ -123,7 +217,7 @@ def _keep(row: WeightPlan, fitted: StoredWeight, path: Path | None) -> StoredWei
 
 
 def _input_exponents(
-    model: nn.Module, plan: Plan, stats: Stats | None, folds: Tensors, known: Tensors
+    dense: _Dense, plan: Plan, stats: Stats | None, folds: Tensors, known: Tensors
 ) -> Tensors:
     """Search the input scales of modules whose methods have such, those of a producer together."""
     groups: dict[str, list[WeightPlan]] = {}
@@ -137,8 +231,7 @@ def _input_exponents(
             assert stats is not None
             weights = []
             for row in rows:
-                module: Any = model.get_submodule(row.module)
-                weight, fold = module.weight.detach().float(), folds.get(f"{row.module}.weight")
+                weight, fold = dense.weight(row.module), folds.get(f"{row.module}.weight")
                 weights.append(weight if fold is None else scaled(weight, fold))
             hessian = stats.tensors["hessian"][rows[0].module].to(weights[0].device)
             found = weight_method(rows[0]).input_exponents(weights, hessian)

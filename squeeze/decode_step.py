@@ -3,12 +3,13 @@
 A step of a few tokens is hundreds of small kernels, and launching them one by one takes longer than
 running them. The swap puts a ``DecodeStep`` in place of the model's ``forward``. It lets
 every call pass but those of up to ``STEP_TOKENS`` tokens over a filled packed cache: these it runs
-from static inputs, at counts that live on the device, records and replays. Encoding full blocks
-happens between replays. A recording belongs to its cache and goes with it.
+from static inputs, at counts that live on the device, records and replays. Blocks that are full
+are encoded between replays, see ``step_encode``. A recording belongs to its cache and goes with it.
 
     model.squeeze_step.enabled = True  # off by default: no speed of it is recorded yet
 
-Forward hooks of modules run while a step is recorded and not when it is replayed.
+A model with forward hooks of somebody else's inside is not recorded, since no replay would run
+them; one that gets such hooks, or other weights, needs a new cache.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +26,15 @@ from torch import Tensor, nn
 from squeeze.attention import LayerState
 from squeeze.cache import PackedCache, PackedLayer, StaticPackedCache, make_recordable, refusal
 from squeeze.errors import SqueezeWarning
+from squeeze.fused_layer import MOST_TOKENS, Fusion
 from squeeze.recorder import CudaGraphs, Recorder
+from squeeze.step_encode import BlockEncoder
 from squeeze.types import resolve_dtype
 
 # Most tokens of a step: prompt lookup and draft models propose up to about this many.
 STEP_TOKENS = 16
 KNOWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
+OWN = ("squeeze.", "transformers.")  # modules whose hooks do nothing in a step
 FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
@@ -90,18 +95,24 @@ class DecodeStep:
 
     Attributes:
         enabled: ``False``, the default, lets every call pass.
+        fuses: Run layers fused where they can be, see ``fused_layer``; set it before a cache is
+            filled.
+        fusion: What is fused, and why the rest is not; ``None`` before the first step.
         recorder: Records and replays; by default CUDA graphs, for models on a GPU.
+        encoder: Encodes the blocks that steps have filled.
     """
 
     def __init__(self, model: Any, states: dict[int, LayerState]) -> None:
         self.model, self.states = model, states
         self.replaced = vars(model).get("forward")
         self.forward = model.forward
-        self.enabled = False
+        self.enabled, self.fuses = False, True
+        self.fusion: Fusion | None = None
         self.recorder: Recorder | None = None
+        self.encoder = BlockEncoder()
         self.warned: set[str] = set()
         self.warm: set[Any] = set()
-        self.watched = self.verified = False
+        self.watched = self.verified = self.compared = False
         functools.update_wrapper(self, self.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,6 +147,8 @@ class DecodeStep:
         if isinstance(cache, StaticPackedCache) and not cache.takes(steps):
             return None
         reason = self._refusal(cache, kwargs)
+        if reason is None and not getattr(cache, "recordings", None):
+            reason = self._hooked()
         if reason is not None:
             self._warn(reason)
             return None
@@ -184,6 +197,15 @@ class DecodeStep:
             return "the call has a mask and no position_ids"
         return None
 
+    def _hooked(self) -> str | None:
+        """Say which module has hooks that somebody else put there: no replay runs them."""
+        for name, module in self.model.named_modules():
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            # Those of the model itself run around the step.
+            if name and not all(_owned(hook) for hook in hooks):
+                return f"{name} has forward hooks, which a replay does not run"
+        return None
+
     def _step(self, call: Call) -> Any:
         """Run one step and count it; ``None`` when it turns out that it cannot be recorded."""
         cache, steps = call.cache, call.tokens.shape[1]
@@ -198,7 +220,12 @@ class DecodeStep:
             cache.rewind()
             self._warn(f"recording failed ({str(error).strip().splitlines()[0]})")
             return None
-        cache.advance(steps)
+        cache.count(steps)
+        if cache.is_due:
+            assert self.recorder is not None
+            reason = self.encoder.encode(cache, self.recorder)
+            if reason is not None:
+                self._warn(reason, "each row's blocks are encoded by launches of their own")
         for state in self.states.values():
             if state.density is not None or state.padding is not None:
                 state.density = state.padding = None
@@ -208,14 +235,26 @@ class DecodeStep:
         """Find what was recorded for such a call, as long as everything is where it was."""
         cache = call.cache
         weight: Any = self.model.get_input_embeddings().weight
-        places = (weight.data_ptr(), *cache.places())
+        fusion = self._fusion(call)
+        moved = None if fusion is None else fusion.moved
+        places = (weight.data_ptr(), moved, *cache.places())
         key = (*call.tokens.shape, call.positions.shape, call.kept)
         found: Recording | None = cache.recordings.get(key)
         if found is None or found.places != places:
             if found is not None:
                 cache.recordings.clear()
+            if fusion is not None and fusion.join():
+                places = (places[0], fusion.moved, *places[2:])
             found = cache.recordings[key] = Recording(call, places)
         return found
+
+    def _fusion(self, call: Call) -> Fusion | None:
+        """Return what fuses the layers of a step, ``None`` where none is to be fused."""
+        if not self.fuses or call.tokens.shape[1] > MOST_TOKENS:
+            return None
+        if self.fusion is None:
+            self.fusion = Fusion(self.model, self.states)
+        return self.fusion if self.fusion.layers else None
 
     def _run(self, call: Call, recording: Recording) -> Any:
         """Replay the step, or do what stands before that: warm up, watch, record, verify.
@@ -227,10 +266,11 @@ class DecodeStep:
         cache, recorder = call.cache, self.recorder
         assert recorder is not None
         if recording.replay is None:
-            kind = (*call.tokens.shape, call.kept, cache.static_layers[0].capacity)
+            sizes = (*call.tokens.shape, call.kept, cache.static_layers[0].capacity)
+            kind = (*sizes, self.fuses)
             if kind not in self.warm:
                 self.warm.add(kind)
-                return self._launch(call, recording)
+                return self._warm_up(call, recording)
             if not self.watched:
                 with recorder.watch():
                     output = self._launch(call, recording)
@@ -248,12 +288,28 @@ class DecodeStep:
         recording.replay()
         return recording.result(cache)
 
+    def _warm_up(self, call: Call, recording: Recording) -> Any:
+        """Launch a step of a new kind; the first that is fused is compared layer by layer."""
+        fusion = self._fusion(call)
+        if fusion is None or self.compared:
+            return self._launch(call, recording)
+        output, off = fusion.compared(lambda: self._launch(call, recording))
+        if off <= 0:
+            self.compared = True
+            return output
+        self.fuses = False
+        call.cache.rewind()
+        self._warn(f"fused layers are off by {off:.3g} more than rounding explains")
+        return self._launch(call, recording)
+
     def _launch(self, call: Call, recording: Recording) -> Any:
         """Launch the step's kernels from the static inputs, by the device's counts alone."""
         kwargs: dict[str, Any] = {}
         if "logits_to_keep" in self._parameters:
             kwargs["logits_to_keep"] = call.kept
-        with torch.inference_mode(False), torch.no_grad(), call.cache.on_device():
+        fusion = self._fusion(call)
+        fused = nullcontext() if fusion is None else fusion.acting(call.cache, call.tokens.shape[1])
+        with torch.inference_mode(False), torch.no_grad(), call.cache.on_device(), fused:
             return self.forward(
                 input_ids=recording.tokens,
                 attention_mask=recording.mask,
@@ -276,15 +332,21 @@ class DecodeStep:
             raise RuntimeError(f"a replayed step is off by {error:.3g}, at most {allowed:.3g}")
         self.verified = True
 
-    def _warn(self, reason: str) -> None:
+    def _warn(
+        self, reason: str, effect: str = "every kernel of every step is launched by itself"
+    ) -> None:
         if reason not in self.warned:
             self.warned.add(reason)
             warnings.warn(
-                f"decode step: {reason}, so every kernel of every step is launched by itself, "
-                "which is slower. Set model.squeeze_step.enabled = False to do so on purpose.",
+                f"decode step: {reason}, so {effect}, which is slower. "
+                "Set model.squeeze_step.enabled = False to do so on purpose.",
                 SqueezeWarning,
                 stacklevel=4,
             )
+
+
+def _owned(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(OWN)
 
 
 def _judges(layer: PackedLayer, steps: int) -> bool:

@@ -17,7 +17,11 @@ from squeeze.types import ExpertWeights, PackedWeight
 
 
 def fit_experts(
-    model: nn.Module, row: WeightPlan, method: Any, stats: Stats | None
+    model: nn.Module,
+    row: WeightPlan,
+    method: Any,
+    stats: Stats | None,
+    device: torch.device | None = None,
 ) -> ExpertWeights:
     """Fit every expert's matrix of one fused parameter.
 
@@ -27,13 +31,14 @@ def fit_experts(
         method: A weight method.
         stats: Names experts ``<parameter>.<number>``. Those that no calibration token was routed
             to are missing, and their errors count alike.
+        device: Where to fit; by default where the model is.
 
     Returns:
         The packed weights, on the CPU.
     """
     fitted = []
     for expert, matrix in enumerate(expert_matrices(model, row.module)):
-        weight = matrix.detach().float().contiguous()
+        weight = matrix.detach().to(device).float().contiguous()
         needed = {
             name: _measured(stats, name, f"{row.module}.{expert}", weight)
             for name in method.statistics

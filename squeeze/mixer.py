@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from squeeze import magnitudes
 from squeeze.linear import PackedLinear
@@ -246,7 +245,12 @@ def _without_bias(linear: nn.Module, x: Tensor) -> Tensor:
     """Apply a linear layer, packed or not, without its bias."""
     if isinstance(linear, PackedLinear):
         return linear.product(x, None)
-    return functional.linear(x, linear.weight)  # type: ignore[arg-type]
+    bias, linear.bias = linear.bias, None  # type: ignore[assignment]
+    try:
+        result: Tensor = linear(x)  # as a module, so that hooks see it
+    finally:
+        linear.bias = bias  # type: ignore[assignment]
+    return result
 
 
 FORWARDS: dict[str, Callable[..., Tensor]] = dict(zip(MIXERS, (_mamba, _mamba2), strict=True))

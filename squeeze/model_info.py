@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from squeeze.errors import CheckpointError, UnsupportedError
+from squeeze.families import refusal
 from squeeze.fused import fused_shapes
 from squeeze.key_biases import KeyBias, find_huge
 from squeeze.types import resolve_dtype
@@ -100,6 +101,8 @@ class ModelInfo:
         mixers: Dotted names of the Mamba mixers that we know.
         experts: Dotted name of every parameter that holds the matrices of a layer's experts to
             ``(E, out, in)``.
+        step_reasons: Of each entry of ``attention``, why a recorded decode step runs its layer as
+            it is; empty where it runs fused.
     """
 
     source: str
@@ -112,6 +115,7 @@ class ModelInfo:
     key_biases: tuple[KeyBias, ...] | None = ()
     mixers: tuple[str, ...] = ()
     experts: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    step_reasons: tuple[str, ...] = ()
 
     @property
     def dtype_bits(self) -> int:
@@ -198,6 +202,9 @@ def describe(
         key_biases=find_huge(model, attention),
         mixers=tuple(n for n, m in model.named_modules() if type(m).__name__ in MIXERS),
         experts=fused_shapes(model),
+        step_reasons=tuple(
+            refusal(model.get_submodule(item.module.rpartition(".")[0])) or "" for item in attention
+        ),
     )
 
 

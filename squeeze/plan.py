@@ -42,6 +42,7 @@ from squeeze.types import Implementation, resolve_dtype
 
 # Measured for an allocation under a bound on mean bits, and not by calibration itself.
 KV_LOSS = "kv_loss"
+PREFILL_CURVES = "prefill_curves"  # of heads, where the recipe bounds their mean density
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,14 @@ class PrefillPlan:
 
 
 @dataclass(frozen=True)
+class StepPlan:
+    """How a recorded decode step runs one layer: fused, or for ``reason`` as it is."""
+
+    layer: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that will be done, before anything is.
 
@@ -110,6 +119,7 @@ class Plan:
         mixers: One entry per Mamba mixer whose forward is ours.
         activations: One entry per linear layer that leaves small inputs out in decode.
         weight_allocation: The bound on mean bits of weights, where the recipe has one.
+        steps: One entry per layer whose cache is packed: how a recorded decode step runs it.
     """
 
     recipe: dict[str, Any]
@@ -137,6 +147,7 @@ class Plan:
     mixers: tuple[MixerPlan, ...] = ()
     activations: tuple[ActivationPlan, ...] = ()
     weight_allocation: WeightAllocation | None = None
+    steps: tuple[StepPlan, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that ``from_dict`` reads back."""
@@ -151,6 +162,7 @@ class Plan:
             "prefill": PrefillPlan,
             "mixers": MixerPlan,
             "activations": ActivationPlan,
+            "steps": StepPlan,
         }
         known = {f.name for f in fields(cls)}
         data = {key: value for key, value in data.items() if key in known}
@@ -224,6 +236,9 @@ def make_plan(
             f"KV cache of layers {layers_} stays dense: linear attention keeps its own cache"
         )
     notes += plan_guard.notes(recipe.kv_cache, info) if kv_cache else []
+    if recipe.attention and recipe.attention.mean_density is not None:
+        bound = recipe.attention.mean_density
+        notes.append(f"prefill: calibration gives heads budgets under a mean density of {bound}")
     if weights:
         done = {row.module for row in weights}
         left = [name for name in info.linears if name not in done]
@@ -273,7 +288,21 @@ def make_plan(
         salience=kv.salience if kv else "error",
         mixers=mixers,
         activations=activations,
+        steps=tuple(_steps(info, kv_cache, activations)),
     )
+
+
+def _steps(
+    info: ModelInfo, kv_cache: Sequence[KVPlan], activations: Sequence[ActivationPlan]
+) -> Iterable[StepPlan]:
+    """Say of every layer with a packed cache whether a recorded step runs it fused."""
+    packed = {row.layer for row in kv_cache if row.keys}
+    for item, reason in zip(info.attention, info.step_reasons, strict=True):
+        inside = item.module.rpartition(".")[0] + "."
+        if any(row.module.startswith(inside) for row in activations):
+            reason = reason or "small inputs of its products are left out"
+        if item.layer in packed:
+            yield StepPlan(item.layer, reason)
 
 
 def resolve_device(device: str | torch.device | None) -> str:
@@ -429,7 +458,15 @@ def _prefill(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable[P
             "models without sink logits",
             "Remove attention.prefill from the recipe",
         )
+    given = len(method.parameters.get("heads", ()))
     for item in info.attention:
+        if given not in (0, item.query_heads):
+            raise UnsupportedError(
+                f"{section}.heads",
+                f"{given} budgets for {item.query_heads} query heads",
+                "one budget for each query head of a layer",
+                "Bound attention.mean_density instead, and calibration finds them",
+            )
         if item.kind != "full_attention":
             reason = f"{item.kind.replace('_', ' ')} is already local"
             yield PrefillPlan(item.layer, item.module, None, "dense", reason)
@@ -460,6 +497,7 @@ def _statistics(recipe: Recipe, info: ModelInfo) -> tuple[str, ...]:
         names |= set(sparse.method.build().statistics)
     if recipe.attention and recipe.attention.prefill:
         names |= set(recipe.attention.prefill.build().statistics)
+        names |= {PREFILL_CURVES} if recipe.attention.mean_density is not None else set()
     return tuple(sorted(names))
 
 

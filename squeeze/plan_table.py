@@ -33,6 +33,12 @@ def _spell(method: dict[str, Any]) -> str:
     return f"{method['method']} ({parameters})" if parameters else method["method"]
 
 
+def _without_heads(policy: dict[str, Any]) -> dict[str, Any]:
+    """Leave budgets of single heads out: layers differ in nothing else."""
+    given = {"heads": "each its own"} if policy.get("heads") else {}
+    return {key: value for key, value in policy.items() if key != "heads"} | given
+
+
 def _sides(row: KVPlan) -> str:
     """Spell out the formats of one layer's cache."""
     assert row.keys is not None and row.values is not None
@@ -76,7 +82,7 @@ def lines(plan: Plan) -> Iterable[str]:
             groups.setdefault(
                 (
                     re.sub(r"\.\d+\.", ".*.", item.module) + " prefill",
-                    _spell(item.policy),
+                    _spell(_without_heads(item.policy)),
                     item.implementation,
                     "",
                 ),
@@ -137,7 +143,18 @@ def lines(plan: Plan) -> Iterable[str]:
             f"calibration chooses the methods of {len(weights.groups)} groups of modules, here "
             "they have the widest uniform choice"
         )
+    yield from _steps(plan)
     yield from (f"note: {note}" for note in plan.notes)
+
+
+def _steps(plan: Plan) -> Iterable[str]:
+    """Say which layers a recorded decode step fuses, and why not the others."""
+    groups: dict[str, list[int]] = {}
+    for row in plan.steps:
+        groups.setdefault(row.reason, []).append(row.layer)
+    for reason, layers in groups.items():
+        how = f"as they are: {reason}" if reason else "fused"
+        yield f"recorded decode steps: layers {ranges(layers)} run {how}"
 
 
 def size(count: float) -> str:

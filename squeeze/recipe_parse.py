@@ -402,7 +402,21 @@ class Parser:
         if not raw.get("prefill"):
             return Attention()
         prefill = self.mapping(raw["prefill"], "attention.prefill")
-        return Attention(prefill=self.method(prefill, "prefill", "attention.prefill", ()))
+        method = self.method(prefill, "prefill", "attention.prefill", ())
+        bound, length = raw.get("mean_density"), raw.get("length", Attention().length)
+        share = Annotated[float, annotated_types.Gt(0), annotated_types.Le(1)] | None
+        self.value(bound, share, "attention.mean_density", "")
+        tokens = Annotated[int, annotated_types.Ge(1024)]
+        self.value(length, tokens, "attention.length", "")
+        if bound is not None and not hasattr(registry.get("prefill", method.name), "ladder"):
+            named = (name for name in registry.names("prefill"))
+            raise self.error(
+                "attention.mean_density",
+                f"{method.name!r} has no budget per head",
+                ", ".join(n for n in named if hasattr(registry.get("prefill", n), "ladder")),
+                "Remove it, or choose another method",
+            )
+        return Attention(prefill=method, mean_density=bound, length=length)
 
     def method(
         self, raw: dict[str, Any], kind: str, path: str, siblings: tuple[str, ...]
@@ -542,6 +556,8 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(arg) for arg in typing.get_args(hint))
     if hint is types.NoneType:
         return "null"
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each {describe(typing.get_args(hint)[0])}"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     return words.get(hint, str(hint))
 

@@ -122,7 +122,11 @@ def schema() -> dict[str, Any]:
             "attention": {
                 "type": "object",
                 "additionalProperties": False,
-                "properties": {"prefill": method("prefill", {})},
+                "properties": {
+                    "prefill": method("prefill", {}),
+                    "mean_density": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+                    "length": {"type": "integer", "minimum": 1024, "default": 8192},
+                },
             },
             "activations": {
                 "type": "array",

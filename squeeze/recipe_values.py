@@ -160,18 +160,29 @@ class KVCache(Section):
 
 
 class Attention(Section):
-    """Sparse attention policies."""
+    """Sparse attention policies.
+
+    With ``mean_density`` calibration gives each head of the prefill policy a budget, so that their
+    mean density on calibration text of ``length`` tokens stays below it.
+    """
 
     prefill: Method | None = None
+    mean_density: float | None = None
+    length: int = 8192
 
 
 class Calibration(Section):
-    """Text that statistics are measured on."""
+    """Text that statistics are measured on.
+
+    Behind ``quantized`` inputs each layer's weights make up for what the packed layers before it
+    changed; ``dense`` ones are those of the dense model.
+    """
 
     data: str = "books"
     samples: Annotated[int, Field(ge=1)] = 32
     length: Annotated[int, Field(ge=16)] = 512
     seed: int = 0
+    inputs: Literal["dense", "quantized"] = "quantized"
 
 
 class Evaluate(Section):
@@ -228,6 +239,9 @@ class Recipe(Section):
                 result["kv_cache"] |= bound
         if self.attention and self.attention.prefill:
             result["attention"] = {"prefill": self.attention.prefill.to_dict()}
+            if self.attention.mean_density is not None:
+                bound = {"mean_density": self.attention.mean_density}
+                result["attention"] |= bound | {"length": self.attention.length}
         if self.activations:
             result["activations"] = [rule.to_dict() for rule in self.activations]
         if self.implementation != "auto":

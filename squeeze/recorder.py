@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
+
+# torch says this once, where its synchronization debug mode is first set, and sets it.
+NOTICE = "Synchronization debug mode is a prototype"
 
 
 class Recorder(Protocol):
@@ -34,6 +38,7 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self.pool: Any = None
+        self.anchor: Any = None  # a graph that lives on: a pool without any cannot be used again
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CudaGraphs:
         return CudaGraphs()
@@ -46,16 +51,29 @@ class CudaGraphs:
     def watch(self) -> Iterator[None]:
         """Let torch raise where it would wait for the device."""
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            _debug(2)
             yield
         finally:
-            torch.cuda.set_sync_debug_mode(before)
+            _debug(before)
 
     def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Capture ``work``, which must have run before; results are overwritten by any replay."""
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        if self.anchor is None:
+            self.pool = torch.cuda.graph_pool_handle()
+            self.anchor, _ = self._capture(lambda: torch.zeros(1, device="cuda"))
+        graph, result = self._capture(work)
+        return graph.replay, result
+
+    def _capture(self, work: Callable[[], Any]) -> tuple[Any, Any]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             result = work()
-        return graph.replay, result
+        return graph, result
+
+
+def _debug(mode: int) -> None:
+    """Set what torch does where it waits: 0 nothing, 1 warns, 2 raises."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", NOTICE)
+        torch.cuda.set_sync_debug_mode(mode)

@@ -94,7 +94,8 @@ class BlockIndex:
     Positions count from each row's first real token. CSR per batch row and head: the block ids of
     query block ``i`` are ``block_ids[b, h, block_offsets[b, h, i] : block_offsets[b, h, i + 1]]``,
     ascending, never above ``i``; likewise columns, which no listed block of that query block
-    covers. Unused capacity is undefined.
+    covers. Unused capacity is undefined. The N query blocks cover all T tokens; where only the last
+    of them are queries (a later part of a prompt), the lists of blocks without one are not read.
 
     Attributes:
         block_size: Rows of a query block and of a key block, in tokens.
@@ -107,6 +108,11 @@ class BlockIndex:
             4 or 8 tokens each; run g of m tokens begins at token 8 m g, and its id is g plus the
             ``T // (8 m')`` of all smaller m'. It stands for keys before the query block, in none of
             its other lists, and weighs as many tokens as it averages.
+        permutation: int32 ``[B, H, P]`` positions, or ``None`` where keys keep their order. It
+            reorders the keys inside each complete segment: to query blocks of later segments, slot
+            s of a listed block is position ``permutation[b, h, s]``. A query block reads its own
+            segment in order.
+        segment_size: Tokens per segment, a multiple of ``block_size``; 0 without a permutation.
     """
 
     block_size: int
@@ -116,6 +122,8 @@ class BlockIndex:
     column_ids: Tensor | None = None
     pooled_offsets: Tensor | None = None
     pooled_ids: Tensor | None = None
+    permutation: Tensor | None = None
+    segment_size: int = 0
 
 
 @dataclass(frozen=True)

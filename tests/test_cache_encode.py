@@ -14,15 +14,23 @@ from squeeze.quant.kv.float8 import Float8
 from squeeze.quant.kv.graded import Graded
 from squeeze.quant.transforms.center import Center
 from squeeze.quant.transforms.hadamard import Hadamard
+from squeeze.quant.transforms.klt import Klt
 from squeeze.types import Implementation
 
 HEADS, SIZE = 2, 16
 CENTER = (Center(), {"center": torch.linspace(-3, 3, HEADS * SIZE).view(HEADS, SIZE)})
+# Rotations without rounding: channels change places and signs.
+PLACES = torch.stack([(-torch.eye(SIZE)).roll(5, 0), torch.eye(SIZE).flip(0)])
+KLT = (Klt(), {"forward": PLACES, "backward": PLACES.mT.contiguous()})
 PAIRS = {
     "affine": (Side(Affine(4, "channel", 32), {}, (CENTER,)), Side(Affine(2, "token", 16), {})),
     "graded": (
         Side(Graded((4, 0), 32), {}, (CENTER, (Hadamard(), {}))),
         Side(Graded((1,), 32), {}),
+    ),
+    "rotated": (
+        Side(Graded((4, 0), 32), {}, (CENTER, KLT)),
+        Side(Affine(2, "token", 16), {}, (KLT,)),
     ),
     "other": (Side(Float8(), {}), Side(Bitmap(), {})),
 }

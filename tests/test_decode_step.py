@@ -18,6 +18,7 @@ import squeeze
 from squeeze.cache import StaticPackedCache
 from squeeze.cache import static as static_module
 from squeeze.errors import SqueezeWarning, UnsupportedError
+from squeeze.recorder import CudaGraphs
 from tests import tiny
 from tests.test_cache import RECIPE, squeezed
 from tests.test_salience import artifacts as protecting
@@ -41,7 +42,7 @@ class Traces:
     """Records by tracing: host numbers become constants, tensors are used where they lie."""
 
     def __init__(self) -> None:
-        self.recorded = self.replayed = 0
+        self.recorded = self.replayed = self.encoders = 0
 
     def busy(self) -> bool:
         return False
@@ -56,10 +57,13 @@ class Traces:
 
         def traced() -> Any:
             returned.append(work())
-            return returned[-1].logits
+            return None if returned[-1] is None else returned[-1].logits
 
         graph = make_fx(traced)()
         output = returned[-1]
+        if output is None:  # encodes blocks; what was done while tracing, a replay finds not due
+            self.encoders += 1
+            return graph, None
         output["logits"] = torch.full_like(output.logits, torch.nan)
         self.recorded += 1
 
@@ -221,26 +225,41 @@ def test_a_call_that_asks_for_more_is_launched(extra: dict[str, Any], reason: st
     assert traces.replayed == 1
 
 
-def add_total(module: Any, args: Any, kwargs: Any) -> Any:
-    return (args[0] + 0.01 * kwargs["past_key_values"].get_seq_length(),), kwargs
+def add_total(x: torch.Tensor, cache: Any) -> torch.Tensor:
+    return x + 0.01 * cache.get_seq_length()
 
 
-def read_sum(module: Any, args: Any, kwargs: Any) -> Any:
-    return (args[0] + 0 * float(args[0].sum()),), kwargs
+def read_sum(x: torch.Tensor, cache: Any) -> torch.Tensor:
+    return x + 0 * float(x.sum())
 
 
 @pytest.mark.parametrize(
-    ("hook", "reason"),
+    ("change", "reason"),
     [(add_total, "a replayed step is off by"), (read_sum, "_local_scalar_dense.* waits")],
 )
-def test_a_step_that_depends_on_the_host_is_found_out(hook: Any, reason: str) -> None:
+def test_a_step_that_depends_on_the_host_is_found_out(change: Any, reason: str) -> None:
     model, _ = recorded()
-    model.model.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+    layer = model.model.layers[0]
+    forward = layer.forward
+    layer.forward = lambda x, **kwargs: forward(change(x, kwargs["past_key_values"]), **kwargs)
     inputs = tiny.prompt(2, 50)
     with pytest.warns(SqueezeWarning, match=reason):
         ours = model.generate(**inputs, **ALL, max_new_tokens=40)
     assert not model.squeeze_step.enabled
     assert_same(ours, model.generate(**inputs, **ALL, max_new_tokens=40))
+
+
+def test_hooks_that_no_replay_would_run_keep_the_step_launched() -> None:
+    model, traces = recorded()
+    model(**tiny.prompt(1, 20), output_hidden_states=True)  # leaves hooks of transformers
+    seen: list[int] = []
+    hook = model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(SqueezeWarning, match=r"model\.layers\.1 has forward hooks") as said:
+        model.generate(**tiny.prompt(1, 20), min_new_tokens=8, max_new_tokens=8)
+    assert len(said) == 1 and len(seen) == 8 and not traces.recorded
+    hook.remove()
+    model.generate(**tiny.prompt(1, 20), min_new_tokens=8, max_new_tokens=8)
+    assert traces.replayed == 5
 
 
 @torch.no_grad()
@@ -288,3 +307,17 @@ def test_restoring_gives_the_forward_back_and_a_copy_steps_by_itself() -> None:
     done.restore()
     assert "forward" not in vars(dense) and not hasattr(dense, "squeeze_step")
     assert not traces.recorded
+
+
+def test_watching_ends_whatever_happens_and_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = [0]
+
+    def change(mode: int) -> None:  # as torch does: the mode is set when the warning is raised
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", change)
+    with pytest.raises(RuntimeError, match="waits"), CudaGraphs().watch():
+        raise RuntimeError("waits")
+    assert modes == [0, 2, 0]

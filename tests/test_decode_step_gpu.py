@@ -10,6 +10,7 @@ import torch
 
 import squeeze
 from squeeze.loading import load_model
+from squeeze.step_encode import KEY
 from tests.test_gpu import RECIPE
 
 pytestmark = pytest.mark.gpu
@@ -46,31 +47,56 @@ def both(model: Any, given: Any, **settings: Any) -> tuple[Any, Any]:
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
+    """Ask for equal logits as long as the tokens before are, and for equal tokens but in a tie.
+
+    Both round otherwise, as theirs looks at fewer slots, and a stored code may round to the next.
+    """
+    found, expected = torch.stack(ours.logits, 1), torch.stack(theirs.logits, 1)
+    steps = expected.shape[1]
+    allowed = 2e-3 * expected.abs().max()
+    same = (ours.sequences == theirs.sequences)[:, -steps:]
+    agreed = same.long().cumprod(1).sum(1).tolist()
+    print(f"tokens that agree: {agreed} of {steps}")
+    for row, count in enumerate(agreed):
+        until = min(count + 1, steps)
+        assert (found[row, :until] - expected[row, :until]).abs().max() <= allowed
+        if count < steps:
+            best, second = expected[row, count].topk(2).values
+            assert best - second <= 2 * allowed
+    recordings = ours.past_key_values.recordings
+    assert any(step.replay is not None for key, step in recordings.items() if key != KEY)
+
+
+def test_generate_replays_what_it_would_launch(model: Any) -> None:
+    settings = dict(SETTINGS, max_new_tokens=200, min_new_tokens=200)
+    ours, theirs = both(model, inputs(2, 500, (60,)), **settings)
+    assert_same(ours, theirs)
+    # Both rows fill blocks, each in its own time: the first is launched, others are replayed.
+    assert model.squeeze_step.encoder.watched
+    assert ours.past_key_values.recordings[KEY].replay is not None
+    assert [x.blocks for x in ours.past_key_values.layers] == [
+        x.blocks for x in theirs.past_key_values.layers
+    ]
+
+
+def test_sampled_tokens_are_those_of_launched_steps(model: Any) -> None:
+    sampled = {"do_sample": True, "temperature": 0.8, "top_k": 40, "max_new_tokens": 60}
+    ours, theirs = both(model, inputs(2, 500, (60,)), **SETTINGS | sampled)
     assert torch.equal(ours.sequences, theirs.sequences)
-    found, expected = torch.stack(ours.logits), torch.stack(theirs.logits)
-    assert (found - expected).abs().max() <= 2e-3 * expected.abs().max()
-    assert any(step.replay is not None for step in ours.past_key_values.recordings.values())
-
-
-@pytest.mark.parametrize("sampled", [False, True])
-def test_generate_replays_what_it_would_launch(model: Any, sampled: bool) -> None:
-    settings = dict(SETTINGS, max_new_tokens=300, min_new_tokens=300)
-    if sampled:
-        settings |= {"do_sample": True, "temperature": 0.8, "top_k": 40}
-    assert_same(*both(model, inputs(2, 500, (60,)), **settings))
 
 
 def test_the_cache_grows_across_buckets(model: Any) -> None:
-    settings = dict(SETTINGS, max_new_tokens=1400, min_new_tokens=1400)
+    settings = dict(SETTINGS, max_new_tokens=200, min_new_tokens=200)
     ours, theirs = both(model, inputs(3, 900, (0, 33, 700)), **settings)
     assert_same(ours, theirs)
-    assert ours.past_key_values.static_layers[0].capacity >= 15
+    layer = ours.past_key_values.static_layers[0]
+    assert layer.capacity == layer.spec.ready(2048) > layer.spec.ready(1024)
 
 
 def test_prompt_lookup_replays_steps_of_several_tokens(model: Any) -> None:
     given = inputs(1, 40)
     given = {name: x.repeat(1, 8) for name, x in given.items()}
-    settings = {"do_sample": False, "max_new_tokens": 200, "prompt_lookup_num_tokens": 6}
+    settings = {"do_sample": False, "max_new_tokens": 60, "prompt_lookup_num_tokens": 3}
     ours, theirs = both(model, given, **settings)
     assert torch.equal(ours, theirs)
 
@@ -79,6 +105,7 @@ def test_prompt_lookup_replays_steps_of_several_tokens(model: Any) -> None:
 def test_half_precision_is_verified_and_replayed(model: Any) -> None:
     half = load_model("reference", device="cuda", dtype=torch.bfloat16)
     squeeze.run({key: RECIPE[key] for key in ("kv_cache", "weights")}, half, evaluate=False)
+    half.squeeze_step.enabled = True
     ids = inputs(2, 700)["input_ids"]
     cache = half(ids).past_key_values
     for t in range(20):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -91,7 +91,8 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
     if output.is_file() and not options.fresh:
         result = results.merge(results.read(output), result, str(output))
     cells = [(row, length) for length in sorted(options.lengths, reverse=True) for row in rows]
-    for number, (row, length, cell) in enumerate(_run(cells, settings, options.jobs), start=1):
+    done = run_cells(cells, settings, options.jobs, measure)
+    for number, (row, length, cell) in enumerate(done, start=1):
         results.put(result, row, length, cell)
         results.write(result, output)
         print(f"{number}/{len(cells)} {page.line(result, row.name, length)}", flush=True)
@@ -113,8 +114,11 @@ def choose(names: str | None) -> list[Row]:
     return [known[name] for name in wanted]
 
 
-def _run(
-    cells: list[tuple[Row, int]], settings: Settings, jobs: int
+def run_cells(
+    cells: list[tuple[Row, int]],
+    settings: Settings,
+    jobs: int,
+    measure: Callable[[Row, int, Settings, int], dict[str, Any]],
 ) -> Iterator[tuple[Row, int, dict[str, Any] | BaseException]]:
     """Measure cells in processes of their own; yield each, or the error that ended it."""
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)

@@ -49,7 +49,7 @@ def table(result: Result) -> str:
             cells += [perplexity_cell(result, name, length), needle_cell(result, name, length)]
         lines.append("| " + " | ".join(cells) + " |")
     failed = [f"- {line}" for line in failures(result)]
-    return "\n".join([*lines, "", _conditions(result), *(["", *failed] if failed else [])]) + "\n"
+    return "\n".join([*lines, "", conditions_of(result), *(["", *failed] if failed else [])]) + "\n"
 
 
 def missing(result: Result) -> str:
@@ -195,7 +195,7 @@ def _lengths(result: Result) -> list[int]:
     return sorted({int(length) for row in result["rows"].values() for length in row["cells"]})
 
 
-def _conditions(result: Result) -> str:
+def conditions_of(result: Result) -> str:
     """Say in one paragraph under which conditions the numbers hold."""
     where = result["conditions"]
     cells = [

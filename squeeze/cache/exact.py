@@ -33,6 +33,8 @@ class Span(NamedTuple):
 class ExactTokens:
     """Buffers ``[B, H_kv, E, D]`` whose rows hold, from slot 0, the sinks and the newest tokens.
 
+    Keys and values of one shape are halves of one buffer, so that one launch moves both.
+
     Args:
         keys: Keys of a first call, which give batch, heads, dtype and device.
         values: Likewise.
@@ -42,7 +44,7 @@ class ExactTokens:
 
     @torch.inference_mode(False)
     def __init__(self, keys: Tensor, values: Tensor, whole: int, sinks: int) -> None:
-        self.keys, self.values = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (keys, values))
+        self.keys, self.values, self.both = _allocate(keys, values, keys.shape[0], 0)
         self.whole, self.sinks = whole, sinks
         self.counts = RowCounts(keys.shape[0], keys.device)
 
@@ -59,11 +61,10 @@ class ExactTokens:
         if slots <= have:
             return
         wanted = min(self.whole, -(-slots // SLOTS) * SLOTS)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], wanted, old.shape[3])
-            new[:, :, :have] = old
-            setattr(self, name, new)
+        old = self.keys, self.values
+        self.keys, self.values, self.both = _allocate(*old, len(self.keys), wanted)
+        for new, before in zip((self.keys, self.values), old, strict=True):
+            new[:, :, :have] = before
 
     def extend(self, keys: Tensor, values: Tensor, skipped: list[int], in_place: bool) -> Span:
         """Lay a call's real tokens behind those of each row, and count them in.
@@ -115,12 +116,16 @@ class ExactTokens:
         after = [e - n for e, n in zip(self.counts.host, packed, strict=True)]
         self.reserve(max(after))
         rows = list(zip(packed, after, span.starts, strict=True))
+        # Of both halves, where they are one.
         groups: list[tuple[slice, tuple[int, int, int]]] = [
-            (slice(row, row + 1), facts) for row, facts in enumerate(rows)
+            (slice(row, None, len(rows)), facts) for row, facts in enumerate(rows)
         ]
         if len(set(rows)) == 1:
             groups = [(slice(None), rows[0])]
-        for buffer, source in ((self.keys, span.keys), (self.values, span.values)):
+        sides = [(self.keys, span.keys), (self.values, span.values)]
+        if self.both is not None and span.keys is self.keys and span.values is self.values:
+            sides = [(self.both, self.both)]
+        for buffer, source in sides:
             for index, facts in groups:
                 _keep(buffer[index], source[index], self.sinks, *facts, moved=source is not buffer)
         self.counts.set(after)
@@ -129,11 +134,24 @@ class ExactTokens:
     def select(self, order: list[int]) -> None:
         """Take the rows ``order``; as many rows as before keep the buffers where they are."""
         index = torch.tensor(order, device=self.keys.device)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.index_select(0, index)
-            setattr(self, name, old.copy_(new) if new.shape == old.shape else new)
+        chosen = [x.index_select(0, index) for x in (self.keys, self.values)]
+        if len(order) != len(self.keys):
+            allocated = _allocate(self.keys, self.values, len(order), self.keys.shape[2])
+            self.keys, self.values, self.both = allocated
+        for buffer, new in zip((self.keys, self.values), chosen, strict=True):
+            buffer.copy_(new)
         self.counts.select(order)
+
+
+def _allocate(
+    keys: Tensor, values: Tensor, rows: int, slots: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Make room for other rows and slots; the third tensor has both, rows one after another."""
+    shapes = [(rows, x.shape[1], slots, x.shape[3]) for x in (keys, values)]
+    if shapes[0] != shapes[1] or keys.dtype != values.dtype:
+        return keys.new_empty(shapes[0]), values.new_empty(shapes[1]), None
+    both = keys.new_empty(2 * rows, *shapes[0][1:])
+    return both[:rows], both[rows:], both
 
 
 def _place(

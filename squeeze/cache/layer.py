@@ -7,19 +7,20 @@ full is encoded once, and never again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from squeeze.cache.blocks import BlockStorage
+from squeeze.cache.blocks import BlockStorage, length_of
 from squeeze.cache.counts import RowCounts
 from squeeze.cache.exact import ExactTokens, Span
 from squeeze.cache.offload import Prefetcher
 from squeeze.cache.queries import to_float8
 from squeeze.cache.salience import attention_mass, text_tokens
-from squeeze.cache.spec import LayerSpec
+from squeeze.cache.spec import LayerSpec, Side
 from squeeze.errors import UnsupportedError
 from squeeze.kernels.decode_attention.api import decode_attention
 from squeeze.types import Implementation, PackedBlocks, Tensors
@@ -123,6 +124,62 @@ class PackedLayer(DynamicLayer):
         span = self._extend(keys, values, in_place=False)
         result = self.read(query, span.keys, span.values, scaling, softcap)
         self._settle(span, (query, scaling, softcap))
+        return result
+
+    @torch.no_grad()
+    def attend_decoded(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+        softcap: float | None,
+        attend: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Do as ``attend`` does with a function of all keys and values; for many queries.
+
+        Args:
+            query: ``[B, H, T_q, D]``, as for ``attend``.
+            keys: Of this call.
+            values: Likewise.
+            scaling: Multiplies the dot products.
+            softcap: Bound of the scores, or ``None``.
+            attend: Gets keys and values ``[B, H_kv, T, D]`` of all T tokens, padding 0, packed ones
+                decoded, in the dtype of the call's; its result is returned.
+        Cost: one layer's keys and values in full for as long as ``attend`` runs.
+        """
+        span = self._extend(keys, values, in_place=False)
+        sides = zip((self.spec.keys, self.spec.values), self._packed(), span[:2], strict=True)
+        result = attend(*(self._decoded(*side, span.starts) for side in sides))
+        self._settle(span, (query, scaling, softcap))
+        return result
+
+    def _decoded(
+        self, side: Side, packed: PackedBlocks | None, exact: Tensor, starts: list[int]
+    ) -> Tensor:
+        """Put sinks, decoded blocks and newest tokens of every row in order."""
+        result = exact.new_zeros(*exact.shape[:2], self.total, exact.shape[3])
+        length, sinks = self.spec.block_length, self.spec.sink_tokens
+        facts = zip(self.pads, self.blocks, starts, self.exact.counts.host, strict=True)
+        for row, (pad, blocks, start, count) in enumerate(facts):
+            head, first = min(sinks, count), min(pad, self.total)
+            result[row, :, first : first + head] = exact[row, :, start : start + head]
+            newest = exact[row, :, start + head : start + count]
+            result[row, :, first + head + blocks * length :] = newest
+        first = 0
+        for segment in packed.segments if packed is not None else ():
+            slots = length_of(segment)
+            step = max(1, ENCODE_TOKENS // (length * result.shape[0]))
+            for slot in range(0, slots, step):
+                part = {name: x[slot : slot + step] for name, x in segment.items()}
+                dense = side.decode(part).to(result.dtype)  # [n, B, H_kv, L, D]
+                dense = dense.permute(1, 2, 0, 3, 4).flatten(2, 3)
+                for row, (pad, blocks) in enumerate(zip(self.pads, self.blocks, strict=True)):
+                    tokens = min(dense.shape[2], (blocks - first - slot) * length)
+                    if tokens > 0:
+                        begin = pad + sinks + (first + slot) * length
+                        result[row, :, begin : begin + tokens] = dense[row, :, :tokens]
+            first += slots
         return result
 
     @torch.no_grad()

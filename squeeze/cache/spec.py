@@ -102,7 +102,7 @@ class LayerSpec:
         """Count the blocks that are due among ``exact`` tokens of a row."""
         return max(0, (exact - self.sink_tokens - self.residual_length) // self.block_length)
 
-    @property
+    @cached_property
     def protects(self) -> bool:
         """Whether a format protects tokens."""
         return any(getattr(side.format, "protected", 0) for side in (self.keys, self.values))

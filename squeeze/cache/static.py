@@ -47,10 +47,15 @@ class StaticPackedLayer(PackedLayer):
         self.max_length, self.step_tokens = max_length, step_tokens
         self.recorded_blocks: int | None = None  # set while a step is being recorded
         self.reserved = 0  # tokens that a row may have before anything moves
+        self.known_places: tuple[int, ...] | None = None  # until something may have moved
         super().__init__(spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "known_places": None}  # a copy lies elsewhere
 
     def reset(self) -> None:
         """Forget the tokens; memory of fixed shape stays, and so does what was recorded."""
+        self.known_places = None
         if not self.is_initialized or self.max_length is None:
             super().reset()
             self.reserved = 0
@@ -72,6 +77,7 @@ class StaticPackedLayer(PackedLayer):
     def reserve(self, tokens: int) -> None:
         """Make room for rows of ``tokens`` tokens; what was recorded holds if nothing moved."""
         spec, blocks, self.reserved = self.spec, self.spec.ready(tokens), tokens
+        self.known_places = None
         self.exact.reserve(self.exact.whole)
         for side, storage, x in (
             (spec.keys, self.key_blocks, self.exact.keys),
@@ -88,7 +94,8 @@ class StaticPackedLayer(PackedLayer):
                 like = storage.segments[0]
             else:
                 block = x.new_zeros(1, 1, x.shape[1], spec.block_length, x.shape[3])
-                like = every_row(side.encode(block), x.shape[0])
+                # What a side computes once is there before anything is recorded.
+                like = every_row(side.encode(block, spec.implementation), x.shape[0])
             storage.grow(wanted, like)
 
     @property
@@ -100,11 +107,14 @@ class StaticPackedLayer(PackedLayer):
 
     def places(self) -> tuple[int, ...]:
         """Say where everything lies that a step reads or writes: a recorded one follows these."""
+        if self.known_places is not None:
+            return self.known_places
         exact, sides = self.exact, (self.key_blocks, self.value_blocks)
         tensors = [exact.keys, exact.values, exact.counts.device, self.block_counts.device]
         tensors += [table for side in sides for table in (side.addresses or {}).values()]
         read = [0 if side.addressed else len(side.segments) for side in sides]
-        return (self.capacity, *read, *(x.data_ptr() for x in tensors))
+        self.known_places = (self.capacity, *read, *(x.data_ptr() for x in tensors))
+        return self.known_places
 
     @property
     def max_blocks(self) -> int:
@@ -123,6 +133,7 @@ class StaticPackedLayer(PackedLayer):
         if key_states.shape[0] != rows and self.max_length is not None:
             raise _error("batch", f"got {key_states.shape[0]} rows", f"{rows}, as at first")
         self.check_room(key_states.shape[2])
+        self.known_places = None
         return super().update(key_states, value_states)
 
     def attend(
@@ -147,15 +158,38 @@ class StaticPackedLayer(PackedLayer):
             self.advance(steps)
         return result
 
-    @torch.no_grad()
     def advance(self, steps: int) -> None:
         """Count ``steps`` tokens that the device has appended, and encode what is due."""
+        self.count(steps)
+        self.settle()
+
+    def count(self, steps: int) -> None:
+        """Count ``steps`` tokens that the device has appended; ``settle`` must follow."""
         self.check_room(steps)
         counts = self.exact.counts
         self.total += steps
         counts.host = [count + steps for count in counts.host]
-        if any(self.spec.ready(count) for count in counts.host):
-            self._settle(Span(self.exact.keys, self.exact.values, [0] * len(counts.host)))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a row has a block to be encoded before the next step."""
+        return self.spec.ready(max(self.exact.counts.host)) > 0
+
+    def make_room(self) -> None:
+        """Allocate slots for the blocks that are due by the host's counts."""
+        counts = zip(self.blocks, self.exact.counts.host, strict=True)
+        needed = max(blocks + self.spec.ready(count) for blocks, count in counts)
+        for storage in (self.key_blocks, self.value_blocks):
+            if storage.capacity < needed:
+                storage.grow(needed)
+                self.known_places = None
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Encode the blocks that are due, rows that agree together."""
+        if self.is_due:
+            self.known_places = None
+            self._settle(Span(self.exact.keys, self.exact.values, [0] * len(self.blocks)))
 
     def rewind(self) -> None:
         """Bring the device's counts back to the host's: what ran since did not happen."""
@@ -167,6 +201,7 @@ class StaticPackedLayer(PackedLayer):
         return super().get_max_length() if self.max_length is None else self.max_length
 
     def _select(self, order: list[int]) -> None:
+        self.known_places = None
         if len(order) != len(self.pads) and self.max_length is not None:
             raise _error(
                 "batch", f"cannot go from {len(self.pads)} rows to {len(order)}", "as many rows"
@@ -266,8 +301,23 @@ class StaticPackedCache(PackedCache):
 
     def advance(self, steps: int = 1) -> None:
         """Count the tokens of a replayed step, and encode the blocks that are full."""
+        self.count(steps)
+        self.settle()
+
+    def count(self, steps: int) -> None:
+        """Count the tokens of a replayed step; ``settle`` or another encoder must follow."""
         for layer in self.static_layers:
-            layer.advance(steps)
+            layer.count(steps)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether blocks are to be encoded before the next step."""
+        return any(layer.is_due for layer in self.static_layers)
+
+    def settle(self) -> None:
+        """Encode the blocks that are due by launches that suit their rows."""
+        for layer in self.static_layers:
+            layer.settle()
 
     def rewind(self) -> None:
         """Forget the calls that were made while recording, as after a warm-up."""
@@ -299,7 +349,7 @@ def make_recordable(cache: PackedCache, step_tokens: int) -> StaticPackedCache:
             layer.__class__ = StaticPackedLayer
             static = cast(StaticPackedLayer, layer)
             static.max_length, static.step_tokens = None, step_tokens
-            static.recorded_blocks, static.reserved = None, 0
+            static.recorded_blocks, static.reserved, static.known_places = None, 0, None
             static.exact.whole = static.spec.exact_slots - 1 + step_tokens
         cache.__class__ = StaticPackedCache
         cast(StaticPackedCache, cache).recordings = Recordings()

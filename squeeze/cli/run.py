@@ -26,10 +26,11 @@ def command(recipe: str, quiet: bool, as_json: bool, **settings: Any) -> None:
     Plans, calibrates, compresses, evaluates dense and squeezed, and with --output writes a
     checkpoint, report.json and report.html. A killed run resumes where it was.
     """
-    from squeeze import api
+    from squeeze import api, processes
     from squeeze.cli._output import emit
     from squeeze.cli._progress import progress
 
+    settings["device"] = processes.join(settings["device"])
     with progress(quiet) as tell:
         result = api.run(recipe, progress=tell, **settings)
     output, report = settings["output"], result.report

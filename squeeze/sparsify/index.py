@@ -36,7 +36,7 @@ def compact(candidates: Tensor, keep: Tensor, capacity: int) -> tuple[Tensor, Te
 
 
 def compact_segments(
-    segments: Iterable[tuple[Tensor, Tensor]], capacity: int
+    segments: Iterable[tuple[Tensor, Tensor]], capacity: int, skipped: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Pack what ``compact`` packs, a few query blocks at a time.
 
@@ -46,6 +46,7 @@ def compact_segments(
         segments: Candidates and keep mask ``[B, H, R, C]`` of consecutive query blocks; R and C
             may differ from one to the next.
         capacity: As for ``compact``.
+        skipped: Query blocks before those of the segments, which keep nothing.
     Returns:
         As ``compact`` does, for all query blocks.
     """
@@ -62,7 +63,7 @@ def compact_segments(
         ids.scatter_(-1, slots, values)
         counts.append(keep.sum(-1))
         listed = listed + flat.sum(-1, keepdim=True)
-    return pad(torch.cat(counts, -1).cumsum(-1), (1, 0)).to(torch.int32), ids
+    return pad(torch.cat(counts, -1).cumsum(-1), (1 + skipped, 0)).to(torch.int32), ids
 
 
 def from_masks(blocks: Tensor, columns: Tensor | None, block_size: int) -> BlockIndex:
@@ -90,7 +91,7 @@ def to_dense_mask(index: BlockIndex, length: int) -> Tensor:
 
     Args:
         index: Of B rows and H heads.
-        length: Tokens, T.
+        length: Tokens, T, those that are keys alone included.
     Returns:
         bool ``[B, H, T, T]`` by position; true where the query (third dimension) reads the key.
     """
@@ -99,38 +100,49 @@ def to_dense_mask(index: BlockIndex, length: int) -> Tensor:
     mask = torch.zeros(B, H, length, length, dtype=torch.bool)
     for b, h, i in torch.cartesian_prod(torch.arange(B), torch.arange(H), torch.arange(N)).tolist():
         queries = slice(i * size, (i + 1) * size)
+        order = rows.clone()
+        if index.permutation is not None:
+            own = i * size // index.segment_size * index.segment_size
+            order[:own] = index.permutation[b, h, :own]
         for j in _listed(index.block_offsets, index.block_ids, b, h, i):
-            mask[b, h, queries, j * size : (j + 1) * size] = True
+            mask[b, h, queries, order[j * size : (j + 1) * size]] = True
         if index.column_offsets is not None and index.column_ids is not None:
             mask[b, h, queries, _listed(index.column_offsets, index.column_ids, b, h, i)] = True
     return mask & (rows[:, None] >= rows)
 
 
-def density(index: BlockIndex, lengths: Tensor) -> Tensor:
+def density(index: BlockIndex, lengths: Tensor, begins: Tensor | None = None) -> Tensor:
     """Return the share of the causal query-key pairs that an index computes, tiles in full.
 
     computed = sum over query blocks of rows * (blocks * block_size + ceil(columns / 64) * 64 +
-    ceil(8 * runs / 64) * 64), with only real rows counted; density = min(1, computed / (length *
-    (length + 1) / 2)). The masked half of a diagonal tile counts as computed, which overstates a
-    sparse head a little; the minimum makes a full list exactly 1.
+    ceil(8 * runs / 64) * 64), with only real queries counted; density = min(1, computed / causal),
+    where causal is the sum of t + 1 over queries at positions t. The masked half of a diagonal tile
+    counts as computed, which overstates a sparse head a little; the minimum makes a full list
+    exactly 1.
 
     Args:
         index: Of B rows and H heads.
         lengths: Real tokens of each row, integers ``[B]``, positive.
+        begins: Position of each row's first query, below its length; 0 if not given.
     Returns:
         float64 ``[B, H]`` on the index's device.
     """
     size, offsets = index.block_size, index.block_offsets
     lengths = lengths.to(offsets.device, torch.int64)
     firsts = torch.arange(offsets.shape[-1] - 1, device=offsets.device) * size
-    rows = (lengths[:, None] - firsts).clamp(0, size)[:, None]  # [B, 1, N]
+    rows = (lengths[:, None] - firsts).clamp(0, size)  # [B, N]
+    pairs = lengths * (lengths + 1)
+    if begins is not None:
+        begins = begins.to(offsets.device, torch.int64)
+        rows = rows - (begins[:, None] - firsts).clamp(0, size)
+        pairs = pairs - begins * (begins + 1)
     computed = offsets.diff().long() * size
     for single, each in ((index.column_offsets, 1), (index.pooled_offsets, RUN)):
         if single is not None:
             tiles = (single.diff().long() * each + COLUMN_TILE - 1) // COLUMN_TILE
             computed = computed + tiles * COLUMN_TILE
-    pairs = (lengths * (lengths + 1) / 2.0)[:, None]
-    return ((rows * computed).sum(-1).double() / pairs).clamp(max=1.0)
+    causal = (pairs / 2.0)[:, None]
+    return ((rows[:, None] * computed).sum(-1).double() / causal).clamp(max=1.0)
 
 
 def _listed(offsets: Tensor, ids: Tensor, b: int, h: int, i: int) -> list[int]:

@@ -6,8 +6,9 @@ kept grows with the selection, not with the square of the blocks. Nothing waits 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,11 +26,30 @@ PAIR_BYTES = 48
 LEAST_BLOCKS = 16
 
 
-def segments(blocks: int, row_bytes: int) -> Iterator[range]:
-    """Split the query blocks so that each part takes about ``SCRATCH_BYTES``."""
+def per_head(single: float, heads: Sequence[float], query: Tensor) -> float | Tensor:
+    """Return one number for all heads, or float32 ``[H, 1, 1]`` where each has its own.
+
+    Raises:
+        ValueError: there are not as many numbers as query heads.
+    """
+    if not heads:
+        return single
+    if len(heads) != query.shape[1]:
+        raise ValueError(f"{len(heads)} budgets for {query.shape[1]} query heads")
+    return _constant(tuple(heads), query.device)[:, None, None]
+
+
+@functools.lru_cache(maxsize=4096)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    # A copy to a GPU waits for it; each layer's numbers are copied once.
+    return torch.tensor(values, device=device)
+
+
+def segments(blocks: int, row_bytes: int, first: int = 0) -> Iterator[range]:
+    """Split the query blocks from ``first`` on: each part takes about ``SCRATCH_BYTES``."""
     step = max(1, SCRATCH_BYTES // max(1, row_bytes))
-    for first in range(0, blocks, step):
-        yield range(first, min(first + step, blocks))
+    for start in range(first, blocks, step):
+        yield range(start, min(start + step, blocks))
 
 
 def budget(row: int, share: float, least: int = LEAST_BLOCKS) -> int:
@@ -44,9 +64,11 @@ def list_blocks(
     blocks: int,
     *,
     heads: int,
+    first: int = 0,
     share: float = 1.0,
     least: int = LEAST_BLOCKS,
-    mass: float = 1.0,
+    mass: float | Tensor = 1.0,
+    limit: Tensor | None = None,
     floor: Tensor | None = None,
     require: Callable[[range], Tensor] | None = None,
     pair_bytes: int = PAIR_BYTES,
@@ -64,26 +86,31 @@ def list_blocks(
         size: Tokens per block.
         blocks: Query blocks, N.
         heads: Query heads, H.
+        first: Query block to begin with; those before it list nothing.
         share: Most of the blocks that it may read which a query block may take.
         least: Blocks that a query block may take however small the share.
-        mass: Share of a row's weight to reach; 1 takes everything within the budget.
+        mass: Share of a row's weight to reach, one number or float32 ``[H, 1, 1]``; 1 takes
+            everything within the budget.
+        limit: Most blocks that a query block of each head may take, as a share of those it may
+            read, float32 ``[H, 1, 1]`` of at most ``share``; or ``None``.
         floor: Smallest weight to take, broadcastable to ``[B, H, R, C]``, or ``None``.
         require: Marks blocks to take first, bool, broadcastable to ``[B, H, R, rows.stop]``.
         pair_bytes: Scratch memory of one pair of blocks.
     """
-    capacity = sum(budget(row, share, least) for row in range(blocks))
+    capacity = sum(budget(row, share, least) for row in range(first, blocks))
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in segments(blocks, lengths.shape[0] * heads * blocks * pair_bytes):
+        for rows in segments(blocks, lengths.shape[0] * heads * blocks * pair_bytes, first):
             own = torch.arange(rows.start, rows.stop, device=lengths.device)
             most = budget(rows.stop - 1, share, least)
-            limits = ((own + 1).double() * share).ceil().clamp(min=least, max=most)
-            first = None if require is None else require(rows)
-            keep = _choose(weigh(rows), rows, limits, most, mass, floor, first)
+            shares = share if limit is None else limit.double().squeeze(-1)  # [H, 1]
+            limits = ((own + 1).double() * shares).ceil().clamp(min=least, max=most)
+            needed = None if require is None else require(rows)
+            keep = _choose(weigh(rows), rows, limits, most, mass, floor, needed)
             real = own * size < lengths[:, None]  # [B, R]
             yield torch.arange(rows.stop, device=keep.device), keep & real[:, None, :, None]
 
-    return BlockIndex(size, *compact_segments(parts(), capacity))
+    return BlockIndex(size, *compact_segments(parts(), capacity, first))
 
 
 def mass_floor(
@@ -93,7 +120,9 @@ def mass_floor(
     blocks: int,
     *,
     heads: int,
-    mass: float,
+    mass: float | Tensor,
+    first: int = 0,
+    begins: Tensor | None = None,
     pair_bytes: int = PAIR_BYTES,
 ) -> Tensor:
     """Find, per head, the weight from which on blocks hold ``mass`` of the weight of all rows.
@@ -102,19 +131,22 @@ def mass_floor(
     floor is a bin's lower edge, so that a head reads at most one bin more than it needs.
 
     Args:
-        weigh, lengths, size, blocks, heads, pair_bytes: As for ``list_blocks``.
-        mass: Share of the weight of the whole map.
+        weigh, lengths, size, blocks, heads, first, pair_bytes: As for ``list_blocks``.
+        mass: Share of the weight of the whole map, one number or float32 ``[H, 1]``.
+        begins: Position of each row's first query, int64 ``[B]``, or ``None`` for 0.
     Returns:
         float32 ``[B, H, 1, 1]``; 0 where every block is needed.
     """
     B, octave, bins = lengths.shape[0], 32, 1024
     shape = (B, heads, bins)
     held = torch.zeros(shape, dtype=torch.int64, device=lengths.device)
-    for rows in segments(blocks, B * heads * blocks * pair_bytes):
+    for rows in segments(blocks, B * heads * blocks * pair_bytes, first):
         weights = weigh(rows)
         own = torch.arange(rows.start, rows.stop, device=weights.device)
         hidden = later(rows, weights.shape[-1], weights.device)
         padding = (own * size >= lengths[:, None])[:, None, :, None]
+        if begins is not None:
+            padding = padding | ((own + 1) * size <= begins[:, None])[:, None, :, None]
         weights = weights.masked_fill(hidden | padding, 0.0).flatten(-2)
         bin_of = (-octave * weights.log2()).clamp(0, bins - 1).long()
         # Integers: sums of floats would depend on the order in which a GPU adds them.
@@ -146,7 +178,7 @@ def _choose(
     rows: range,
     limits: Tensor,
     most: int,
-    mass: float,
+    mass: float | Tensor,
     floor: Tensor | None,
     require: Tensor | None,
 ) -> Tensor:
@@ -155,12 +187,13 @@ def _choose(
     weights = weights.masked_fill(hidden, 0.0)
     order, wanted = ranked(weights, rows, require)
     order = order[..., :most]
-    allowed = torch.arange(most, device=weights.device) < limits[:, None]
+    allowed = torch.arange(most, device=weights.device) < limits[..., None]
     taken = torch.ones_like(order, dtype=torch.bool)
-    if mass < 1.0:
+    if isinstance(mass, Tensor) or mass < 1.0:
         sorted_weights = weights.gather(-1, order)
         before = pad(sorted_weights.cumsum(-1)[..., :-1], (1, 0))
-        taken &= before < mass * weights.sum(-1, keepdim=True)
+        missing = before < mass * weights.sum(-1, keepdim=True)
+        taken &= missing | (mass >= 1.0) if isinstance(mass, Tensor) else missing
     if floor is not None:
         taken &= weights.gather(-1, order) >= floor
     taken |= wanted.expand_as(weights).gather(-1, order)

@@ -57,6 +57,14 @@ def random_index(generator, B, H, T, size, pooled=False):
     return replace(index, pooled_offsets=offsets, pooled_ids=ids)
 
 
+def permuted(generator, index, T, segment):
+    """Shuffle the keys inside each complete segment, head by head."""
+    B, H = index.block_offsets.shape[:2]
+    order = torch.rand(B, H, T // segment, segment, generator=generator).argsort(-1)
+    order = order + torch.arange(T // segment)[:, None] * segment
+    return replace(index, permutation=order.flatten(-2).int(), segment_size=segment)
+
+
 def with_averages(index, b, h, k, v):
     """Return, for one head, each query block's averaged keys, values and ln of their counts."""
     T, result = len(k), []
@@ -75,6 +83,11 @@ def with_averages(index, b, h, k, v):
 
 def oracle(query, keys, values, index, starts, scaling, softcap):
     """Attend in float64 over the token mask, keys repeated, one row at a time."""
+    before = keys.shape[2] - query.shape[2]
+    if before:
+        whole = torch.nn.functional.pad(query, (0, 0, before, 0))
+        results = oracle(whole, keys, values, index, starts, scaling, softcap)
+        return tuple(result[:, :, before:] for result in results)
     (B, H, T, D), groups = query.shape, query.shape[1] // keys.shape[1]
     query, keys, values = (x.cpu().double() for x in (query, keys, values))
     mask = torch.ones(B, H, T, T, dtype=torch.bool).tril()
@@ -128,11 +141,28 @@ def assert_within_budget(actual, reference, expected, dtype, what):
 
 
 def compare(
-    seed, B, H, H_kv, T, D, dtype, size, starts=None, softcap=None, device="cpu", pooled=False
+    seed,
+    B,
+    H,
+    H_kv,
+    T,
+    D,
+    dtype,
+    size,
+    starts=None,
+    softcap=None,
+    device="cpu",
+    *,
+    pooled=False,
+    queries=None,
+    segments=None,
 ):
     generator = torch.Generator().manual_seed(seed)
     inputs = [guarded(generator, B, heads, T, D, dtype, device) for heads in (H, H_kv, H_kv)]
+    inputs[0] = inputs[0][:, :, T - (queries or T) :]
     index = None if size is None else random_index(generator, B, H, T, size, pooled)
+    if segments:
+        index = permuted(generator, index, T, segments * size)
     starts = None if starts is None else torch.tensor(starts)
     expected = oracle(*inputs, index, starts, D**-0.5, softcap)
     if index is not None:
@@ -192,6 +222,31 @@ def test_triton_reads_averages(case, poisoned):
     compare(*case, pooled=True)
 
 
+@triton_only
+@pytest.mark.parametrize(
+    ("case", "segments"), [(4, 1), (5, 1), (7, 1), (9, 3)], ids=lambda value: str(value)
+)
+def test_triton_reads_reordered_keys(case, segments, poisoned):
+    compare(*CASES[case], segments=segments)
+
+
+LATER = [  # case, queries, pooled, segments
+    (1, 1, False, None),
+    (4, 3, False, None),
+    (5, 61, False, 1),
+    (6, 70, True, None),
+    (7, 200, True, 1),
+    (8, 140, False, None),
+    (9, 150, False, 2),
+]
+
+
+@triton_only
+@pytest.mark.parametrize(("case", "queries", "pooled", "segments"), LATER)
+def test_triton_attends_a_later_part(case, queries, pooled, segments, poisoned):
+    compare(*CASES[case], queries=queries, pooled=pooled, segments=segments)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [None, 64, 128])
 @pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
@@ -199,6 +254,9 @@ def test_triton_reads_averages(case, poisoned):
 def test_triton_on_a_gpu(D, size, dtype, poisoned):
     compare(D, 2, 8, 2, 1000, D, dtype, size, [0, 333], None, "cuda")
     compare(D + 1, 1, 7, 1, 65, D, dtype, size, None, 5.0, "cuda")
+    compare(D + 2, 2, 8, 2, 1000, D, dtype, size, [0, 333], None, "cuda", queries=700)
+    if size:
+        compare(D + 3, 1, 7, 1, 1000, D, dtype, size, None, None, "cuda", segments=2)
 
 
 @pytest.mark.gpu
@@ -240,6 +298,23 @@ def test_reference_against_the_oracle(size, pooled, T):
         *inputs, index, starts=starts, scaling=0.25, softcap=3.0, implementation=REFERENCE
     )
     expected = oracle(*inputs, index, starts, 0.25, 3.0)
+    torch.testing.assert_close(out, expected[0], atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(lse, expected[1], atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize("queries", [1, 70, 200])
+@pytest.mark.parametrize(("size", "pooled"), [(None, False), (64, True), (128, False)])
+def test_reference_of_a_later_part_against_the_oracle(size, pooled, queries):
+    generator, T, starts = torch.Generator().manual_seed(queries), 300, torch.tensor([0, 131])
+    inputs = [guarded(generator, 2, heads, T, 16, torch.float64) for heads in (6, 2, 2)]
+    inputs[0] = inputs[0][:, :, T - queries :]
+    index = None if size is None else random_index(generator, 2, 6, T, size, pooled)
+    if size:
+        index = permuted(generator, index, T, size)
+    out, lse = block_sparse_attention(
+        *inputs, index, starts=starts, scaling=0.25, implementation=REFERENCE
+    )
+    expected = oracle(*inputs, index, starts, 0.25, None)
     torch.testing.assert_close(out, expected[0], atol=1e-13, rtol=1e-13)
     torch.testing.assert_close(lse, expected[1], atol=1e-13, rtol=1e-13)
 
@@ -320,10 +395,13 @@ def test_what_triton_lacks_is_said(monkeypatch):
 def test_shapes_that_do_not_fit_are_refused():
     x, y = torch.zeros(1, 3, 4, 16), torch.zeros(1, 2, 4, 16)
     index = from_masks(torch.ones(1, 1, 1, 1, dtype=torch.bool), None, 64)
+    wrong = replace(index, permutation=index.block_ids, segment_size=96)
     for arguments, message in [
         ((x, y, y, None), "H_kv"),
         ((x, x, x.half(), None), "share a dtype"),
         ((x, x, x, index), r"offsets must be \(1, 3, 2\)"),
+        ((x, x[:, :, :3], x[:, :, :3], None), "T_q"),
+        ((x[:, :1], x[:, :1], x[:, :1], wrong), "whole segments"),
     ]:
         with pytest.raises(ValueError, match=message):
             block_sparse_attention(*arguments, scaling=1.0, implementation=REFERENCE)
@@ -340,11 +418,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from squeeze.kernels.block_sparse_attention import triton as kernel
 
-for arch, D, rows, listed, pooled in json.loads(sys.argv[1]):
+for arch, D, rows, listed, pooled, segment in json.loads(sys.argv[1]):
     options = kernel.launch_options(rows, triton.next_power_of_2(D), 2, arch, pooled)
     constants = dict(
         H=32, GROUPS=4, D=D, SOFTCAP=0.0, LOG2_E=kernel.LOG2_E, HAS_STARTS=True, LISTED=listed,
-        COLUMNS=listed, POOLED=pooled, RUN=8, UPCAST=False, BLOCK_M=rows,
+        COLUMNS=listed, POOLED=pooled, SEGMENT=segment, RUN=8, UPCAST=False, BLOCK_M=rows,
         BLOCK_N=options.pop("BLOCK_N"), BLOCK_D=triton.next_power_of_2(D), q_d=1, k_d=1, v_d=1,
     )
     types = dict(query="*bf16", keys="*bf16", values="*bf16", out="*bf16", lse="*fp32",
@@ -357,6 +435,7 @@ for arch, D, rows, listed, pooled in json.loads(sys.argv[1]):
             types[name] = "*bf16" if name in averages[2:] else "*i32"
         else:
             constants[name] = None
+    (types if segment else constants)["permutation"] = "*i32" if segment else None
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
                if signature[n][0] == "*" or n[:2] in ("q_", "k_", "v_") and n not in constants}
@@ -381,8 +460,9 @@ SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 def test_the_kernel_compiles_without_spills():
     pytest.importorskip("triton")
     cases = [
-        (90, 128, 64, True, False), (90, 128, 128, False, False), (80, 128, 64, True, False),
-        (100, 128, 64, True, False), (90, 128, 64, True, True),
+        (90, 128, 64, True, False, 0), (90, 128, 128, False, False, 0),
+        (80, 128, 64, True, False, 0), (100, 128, 64, True, False, 0),
+        (90, 128, 64, True, True, 0), (90, 128, 64, True, False, 256),
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

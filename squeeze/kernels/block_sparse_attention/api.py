@@ -26,14 +26,15 @@ def block_sparse_attention(
     softcap: float | None = None,
     implementation: Implementation,
 ) -> tuple[Tensor, Tensor]:
-    """Attend T tokens to those of the same T tokens that an index lists, causally.
+    """Attend the last T_q of T tokens to those of the T tokens that an index lists, causally.
 
     out[t] = sum_j p[t, j] v[j] over listed j <= t; p = softmax_j(scaling * q[t] . k[j]). An average
     that the index lists is a key and a value too, its score raised by ln of its count of tokens.
     Head h reads key/value head h // (H / H_kv); nothing is repeated. Any strides are fine.
 
     Args:
-        query: After RoPE, ``[B, H, T, D]``, float16, bfloat16, float32 (or float64: reference).
+        query: After RoPE, ``[B, H, T_q, D]``, T_q <= T, float16, bfloat16, float32 (or float64:
+            reference).
         keys: After RoPE, ``[B, H_kv, T, D]``, dtype of the query; H_kv divides H.
         values: ``[B, H_kv, T, D]``, dtype of the query.
         index: What each block of queries reads, by position within the row; ``None`` is every
@@ -43,9 +44,9 @@ def block_sparse_attention(
         softcap: Bound of the scores, ``softcap * tanh(score / softcap)``, or ``None``.
         implementation: ``reference`` or ``triton``; ``auto`` is resolved while planning.
     Returns:
-        Output ``[B, H, T, D]`` in the query's dtype, and the natural logarithm of the softmax
-        denominator ``[B, H, T]``, float32 (float64 for float64 inputs). Padding rows, and rows that
-        list no key, give 0 and -inf.
+        Output ``[B, H, T_q, D]`` in the query's dtype, and the natural logarithm of the softmax
+        denominator ``[B, H, T_q]``, float32 (float64 for float64 inputs). Padding rows, and rows
+        that list no key, give 0 and -inf.
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or ``implementation`` is auto.
         DeviceError: triton was asked for where it cannot run.
@@ -65,10 +66,10 @@ def block_sparse_attention(
 def _check(
     query: Tensor, keys: Tensor, values: Tensor, index: BlockIndex | None, starts: Tensor | None
 ) -> None:
-    B, H, T, D = query.shape
-    if keys.shape != values.shape or keys.shape != (B, keys.shape[1], T, D) or H % keys.shape[1]:
+    (B, H, T_q, D), (H_kv, T) = query.shape, keys.shape[1:3]
+    if keys.shape != values.shape or keys.shape != (B, H_kv, T, D) or H % H_kv or T_q > T:
         shapes = [tuple(tensor.shape) for tensor in (query, keys, values)]
-        raise ValueError(f"{OP}: need [B, H, T, D] and twice [B, H_kv, T, D], got {shapes}")
+        raise ValueError(f"{OP}: need [B, H, T_q, D] and twice [B, H_kv, T, D], got {shapes}")
     if len({(tensor.dtype, tensor.device) for tensor in (query, keys, values)}) > 1:
         raise ValueError(f"{OP}: query, keys and values must share a dtype and a device")
     if starts is not None and (starts.shape != (B,) or starts.dtype != torch.int64):
@@ -83,6 +84,12 @@ def _check(
         raise ValueError(f"{OP}: column offsets and ids come together")
     if (index.pooled_offsets is None) != (index.pooled_ids is None):
         raise ValueError(f"{OP}: pooled offsets and ids come together")
+    if index.permutation is not None:
+        segment = index.segment_size
+        slots = (B, H, T // segment * segment) if segment else None
+        if segment % index.block_size or index.permutation.shape != slots:
+            found = tuple(index.permutation.shape)
+            raise ValueError(f"{OP}: permutation must be {slots} of whole segments, got {found}")
 
 
 def _check_triton(query: Tensor, index: BlockIndex | None) -> None:

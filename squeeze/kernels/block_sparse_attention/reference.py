@@ -23,8 +23,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Compute what ``api.block_sparse_attention`` documents, in float32 (float64 for float64).
 
-    Rows are first shifted so that token 0 of each is its first real one. A block of queries then
-    gathers its listed keys, heads padded to the longest list, and takes one softmax over them.
+    Rows are first shifted so that token 0 of each is its first real one, queries standing where
+    their tokens do. A block of queries then gathers its listed keys, heads padded to the longest
+    list, and takes one softmax over them.
 
     Averages, in the dtype of the keys, are appended to them and never hidden by causality.
 
@@ -32,9 +33,12 @@ def attend(
     the inputs.
     """
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
-    q, k, v = (aligned(x, starts) for x in (query, keys, values))
-    (B, H, T, D), H_kv = q.shape, k.shape[1]
+    T = keys.shape[2]
+    before = T - query.shape[2]  # tokens that are keys alone
+    q, k, v = (aligned(x, starts) for x in (pad(query, (0, 0, before, 0)), keys, values))
+    (B, H, _, D), H_kv = q.shape, k.shape[1]
     size = DENSE_ROWS if index is None else index.block_size
+    skipped = before if starts is None else max(0, before - int(starts.max()))
     longest = None if index is None else _longest(index)
     since = torch.arange(T + 1, device=q.device)  # the first row that sees a key; T is never seen
     bonus = None  # ln of the tokens behind each key
@@ -45,9 +49,9 @@ def attend(
         since = torch.cat((since[:T], torch.zeros_like(tokens), since[T:]))
         bonus = pad(tokens.to(precise), (T, 1), value=1.0).log()
     q, k, v = q.to(precise) * scaling, k.to(precise), v.to(precise)
-    out, lse = torch.empty_like(q), q.new_empty(B, H, T)
-    for i, first in enumerate(range(0, T, size)):
-        end = min(first + size, T)
+    out, lse = torch.zeros_like(q), q.new_zeros(B, H, T)
+    for i in range(skipped // size, -(-T // size)):
+        first, end = i * size, min((i + 1) * size, T)
         if index is None or longest is None:
             k_i, v_i = k[:, :, :end], v[:, :, :end]  # [B, H_kv, end, D]
             seen = torch.arange(end, device=q.device)[None, None]
@@ -66,7 +70,7 @@ def attend(
         weights = weights.view(B, k_i.shape[1], -1, k_i.shape[2])
         out[:, :, first:end] = (weights @ v_i).view(B, H, end - first, D)
     out, lse = _restore(out, lse, starts)
-    return out.to(query.dtype), lse
+    return out[:, :, before:].to(query.dtype), lse[:, :, before:]
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,6 +100,10 @@ def _listed(index: BlockIndex, i: int, longest: tuple[int, ...], T: int, E: int)
     size, device = index.block_size, index.block_ids.device
     blocks = _slice(index.block_offsets, index.block_ids, i, longest[0], -(-T // size))
     seen = (blocks[..., None] * size + torch.arange(size, device=device)).flatten(-2)
+    if index.permutation is not None and index.permutation.shape[-1]:
+        own = i * size // index.segment_size * index.segment_size
+        slots = seen.clamp(max=index.permutation.shape[-1] - 1)
+        seen = torch.where(seen < own, index.permutation.gather(-1, slots).long(), seen)
     parts = [seen.masked_fill(seen >= T, E)]
     if index.column_offsets is not None and index.column_ids is not None:
         parts.append(_slice(index.column_offsets, index.column_ids, i, longest[1], E))

@@ -96,6 +96,7 @@ def _attention(
     pooled_ids,
     pooled_keys,
     pooled_values,
+    permutation,
     q_b,
     q_h,
     q_t,
@@ -111,8 +112,11 @@ def _attention(
     block_capacity,
     column_capacity,
     pooled_capacity,
+    slots,
     P,
     T,
+    T_q,
+    blocks,
     scale,
     H: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -123,6 +127,7 @@ def _attention(
     LISTED: tl.constexpr,
     COLUMNS: tl.constexpr,
     POOLED: tl.constexpr,
+    SEGMENT: tl.constexpr,
     RUN: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -134,20 +139,22 @@ def _attention(
     Tiles are ``[BLOCK_M, BLOCK_D]`` of queries and ``[BLOCK_N, BLOCK_D]`` of keys and values. The
     accumulator, row sums and row maxima are float32 in registers; both products accumulate in
     float32, the second one takes p in the dtype of the values. Only the last listed block is masked
-    by causality among blocks, since ids ascend; columns always are. Program 0 of the second grid
-    axis has the longest rows, so that the short ones fill the end of the launch.
+    by causality among blocks, since ids ascend; columns always are. With a permutation keys before
+    the own segment are gathered. Program 0 of the second grid axis has the longest rows, so that
+    the short ones fill the end of the launch.
     """
     program = tl.program_id(0)
     b = (program // H).to(tl.int64)
     h = (program % H).to(tl.int64)
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    block = blocks - 1 - tl.program_id(1)
     start = tl.load(starts + b) if HAS_STARTS else b * 0
     length = T - start
     first = block * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)  # positions of the queries
     # Positions past a row's end stand for its padding, so that every output row is written.
-    tokens = tl.where(rows < length, start + rows, rows - length)
-    writable = rows < T
+    tokens = tl.where(rows < length, start + rows, rows - length) - (T - T_q)  # among the queries
+    writable = (rows < T) & (tokens >= 0)
+    idle = (first >= length) | (start + first + BLOCK_M <= T - T_q)
     channels = tl.arange(0, BLOCK_D)
     inside = channels < D
     q_rows = query + b * q_b + h * q_h + tokens[:, None] * q_t + channels[None, :] * q_d
@@ -166,7 +173,7 @@ def _attention(
     NARROW: tl.constexpr = BLOCK_D != D
 
     if LISTED:
-        lists = program.to(tl.int64) * (tl.num_programs(1) + 1) + block
+        lists = program.to(tl.int64) * (blocks + 1) + block
         begin = tl.load(block_offsets + lists)
         end = tl.load(block_offsets + lists + 1)
         ids = block_ids + program.to(tl.int64) * block_capacity
@@ -174,8 +181,11 @@ def _attention(
         begin = 0
         end = block + 1
         ids = block_ids
-    if first >= length:
+    if idle:
         end = begin
+    if SEGMENT > 0:
+        own = first // SEGMENT * SEGMENT  # the first position that is read in order
+        order = permutation + program.to(tl.int64) * slots
 
     for t in range(begin * PER_BLOCK, (end - 1) * PER_BLOCK):
         if LISTED:
@@ -183,9 +193,18 @@ def _attention(
         else:
             key = t * BLOCK_N
         key = key.to(tl.int64)
+        if SEGMENT > 0:
+            positions = key + offsets
+            positions = tl.load(order + positions, mask=positions < own, other=0).to(tl.int64) + (
+                tl.where(positions < own, 0, positions)
+            )
+            k_rows = k_head + positions[:, None] * k_t + channels[None, :] * k_d
+            v_rows = v_head + positions[:, None] * v_t + channels[None, :] * v_d
+        else:
+            k_rows = k_head + key * k_t + k_tile
+            v_rows = v_head + key * v_t + v_tile
         acc, total, top = _tile(
-            acc, total, top, q, k_head + key * k_t + k_tile, v_head + key * v_t + v_tile,
-            offsets < BLOCK_N, inside, True, 0.0, scale,
+            acc, total, top, q, k_rows, v_rows, offsets < BLOCK_N, inside, True, 0.0, scale,
             SOFTCAP, LOG2_E, False, NARROW, False, False, UPCAST,
         )  # fmt: skip
     if end > begin:
@@ -193,15 +212,24 @@ def _attention(
         for t in range(0, PER_BLOCK):
             positions = last * BLOCK_M + t * BLOCK_N + offsets
             key = (last * BLOCK_M + t * BLOCK_N).to(tl.int64)
+            if SEGMENT > 0:
+                positions = tl.load(order + positions, mask=positions < own, other=0) + (
+                    tl.where(positions < own, 0, positions)
+                )
+                k_rows = k_head + positions[:, None].to(tl.int64) * k_t + channels[None, :] * k_d
+                v_rows = v_head + positions[:, None].to(tl.int64) * v_t + channels[None, :] * v_d
+            else:
+                k_rows = k_head + key * k_t + k_tile
+                v_rows = v_head + key * v_t + v_tile
             acc, total, top = _tile(
-                acc, total, top, q, k_head + key * k_t + k_tile, v_head + key * v_t + v_tile,
+                acc, total, top, q, k_rows, v_rows,
                 positions < length, inside, positions[None, :] <= rows[:, None], 0.0, scale,
                 SOFTCAP, LOG2_E, True, NARROW, True, False, UPCAST,
             )  # fmt: skip
     if COLUMNS:
         begin = tl.load(column_offsets + lists)
         end = tl.load(column_offsets + lists + 1)
-        if first >= length:
+        if idle:
             end = begin
         ids = column_ids + program.to(tl.int64) * column_capacity
         for t in range(begin, end, BLOCK_N):
@@ -218,7 +246,7 @@ def _attention(
     if POOLED:
         begin = tl.load(pooled_offsets + lists)
         end = tl.load(pooled_offsets + lists + 1)
-        if first >= length:
+        if idle:
             end = begin
         ids = pooled_ids + program.to(tl.int64) * pooled_capacity
         H_KV: tl.constexpr = H // GROUPS
@@ -242,7 +270,7 @@ def _attention(
     real = (rows < length) & (total > 0.0)
     total = tl.where(real, total, 1.0)
     acc = acc / total[:, None]
-    target = program.to(tl.int64) * T + tokens
+    target = program.to(tl.int64) * T_q + tokens
     logs = tl.where(real, (top + tl.log2(total)) / LOG2_E, -float("inf"))
     tl.store(lse + target, logs, mask=writable)
     pointers = out + target[:, None] * D + channels[None, :]
@@ -293,11 +321,12 @@ def attend(
     listed keys and values once per query block and head; no scratch memory but the averages, 7/8 of
     the keys and values, where the index lists any (twice as much with left padding).
     """
-    (B, H, T, D), H_kv = query.shape, keys.shape[1]
+    (B, H, T_q, D), (H_kv, T) = query.shape, keys.shape[1:3]
     rows = DENSE_ROWS if index is None else index.block_size
-    out = torch.empty(B, H, T, D, dtype=query.dtype, device=query.device)
-    lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
+    out = torch.empty(B, H, T_q, D, dtype=query.dtype, device=query.device)
+    lse = torch.empty(B, H, T_q, dtype=torch.float32, device=query.device)
     lists: list[Tensor | None] = [None] * 6
+    order, segment = None, 0
     pooled: list[Tensor | None] = [None] * 2
     if index is not None:
         tensors = (
@@ -307,15 +336,21 @@ def attend(
         lists = [None if tensor is None else tensor.contiguous() for tensor in tensors]
         if index.pooled_ids is not None:
             pooled = [averages(aligned(x, starts)) for x in (keys, values)]
+        if index.permutation is not None:
+            order, segment = index.permutation.contiguous(), index.segment_size
+    blocks = triton.cdiv(T, rows)
+    # Which blocks hold queries is known here unless rows begin at places of their own.
+    skipped = (T - T_q) // rows if starts is None else 0
     capacities = [0 if lists[i] is None else lists[i].shape[-1] for i in (1, 3, 5)]
     padded = max(16, triton.next_power_of_2(D))
-    _attention[(B * H, triton.cdiv(T, rows))](
-        query, keys, values, out, lse, starts, *lists, *pooled,
-        *query.stride(), *keys.stride(), *values.stride(), *capacities, sum(counts(T)), T,
+    _attention[(B * H, blocks - skipped)](
+        query, keys, values, out, lse, starts, *lists, *pooled, order,
+        *query.stride(), *keys.stride(), *values.stride(), *capacities,
+        0 if order is None else order.shape[-1], sum(counts(T)), T, T_q, blocks,
         scaling if softcap else scaling * LOG2_E,
         H=H, GROUPS=H // H_kv, D=D, SOFTCAP=softcap or 0.0, LOG2_E=LOG2_E,
         HAS_STARTS=starts is not None, LISTED=index is not None, COLUMNS=lists[2] is not None,
-        POOLED=lists[4] is not None, RUN=RUN,
+        POOLED=lists[4] is not None, SEGMENT=segment, RUN=RUN,
         UPCAST=query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
         BLOCK_M=rows, BLOCK_D=padded,
         **launch_options(

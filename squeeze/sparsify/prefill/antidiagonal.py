@@ -9,8 +9,8 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from squeeze.registry import register
-from squeeze.sparsify.estimate import CELL_BYTES, antidiagonal_weights, row_lengths
-from squeeze.sparsify.selection import PAIR_BYTES, list_blocks
+from squeeze.sparsify.estimate import CELL_BYTES, Span, antidiagonal_weights
+from squeeze.sparsify.selection import PAIR_BYTES, list_blocks, per_head
 from squeeze.types import BlockIndex
 
 
@@ -31,11 +31,14 @@ class Antidiagonal:
         max_density: Most of its causal blocks that a query block may list; at least 16 blocks.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        heads: The share of each query head in place of ``threshold``; calibration fills it in where
+            the recipe has ``attention.mean_density``.
     Cost: T^2 / (2 S) products of head size per head; segments of 256 MiB while estimating.
     Source: Xu et al. 2025, https://arxiv.org/abs/2503.16428, algorithm 1;
         https://github.com/mit-han-lab/x-attention, ``xattn_estimate``, ``find_blocks_chunked``.
-    Differs: one threshold for all heads (the paper searches one per head); ``max_density`` bounds
-        the list, so that its memory is known beforehand; blocks of 64 as well as 128.
+    Differs: the paper searches thresholds per head by dynamic programming, ours come from
+        ``squeeze.budgets``; ``max_density`` bounds the list, so that its memory is known
+        beforehand; blocks of 64 as well as 128.
     """
 
     threshold: Annotated[float, Gt(0), Le(1)] = 0.95
@@ -43,7 +46,10 @@ class Antidiagonal:
     max_density: Annotated[float, Gt(0), Le(1)] = 0.5
     block_size: Literal[64, 128] = 64
     min_length: Annotated[int, Ge(1)] = 1024
+    heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    tuned: ClassVar[str] = "threshold"
+    ladder: ClassVar[tuple[float, ...]] = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99)
 
     def index(
         self,
@@ -56,7 +62,7 @@ class Antidiagonal:
         """Estimate cells, sum them to blocks and list the heaviest.
 
         Args:
-            query: After RoPE, ``[B, H, T, D]``.
+            query: After RoPE, ``[B, H, T_q, D]``, of the last T_q tokens.
             keys: After RoPE, ``[B, H_kv, T, D]``.
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Multiplies the dot products.
@@ -65,13 +71,15 @@ class Antidiagonal:
             Blocks per query head, made without waiting for the device.
         """
         size = self.block_size
+        span = Span.of(query, keys, starts, size)
         return list_blocks(
-            antidiagonal_weights(query, keys, starts, size, self.stride, scaling, softcap),
-            row_lengths(query, starts),
+            antidiagonal_weights(query, keys, span, self.stride, scaling, softcap),
+            span.lengths,
             size,
-            -(-query.shape[2] // size),
+            span.blocks,
             heads=query.shape[1],
+            first=span.first,
             share=self.max_density,
-            mass=self.threshold,
+            mass=per_head(self.threshold, self.heads, query),
             pair_bytes=PAIR_BYTES + CELL_BYTES * (size // self.stride) ** 2,
         )

@@ -9,8 +9,8 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from squeeze.registry import register
-from squeeze.sparsify.estimate import aligned, block_means, causal_softmax, row_lengths, scores
-from squeeze.sparsify.selection import list_blocks
+from squeeze.sparsify.estimate import Span, pooled_weights
+from squeeze.sparsify.selection import list_blocks, per_head
 from squeeze.types import BlockIndex
 
 
@@ -28,6 +28,8 @@ class BlockTopk:
         share: Share of the causal blocks to read where that is more than the budget.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        heads: The share of each query head in place of ``share``; calibration fills it in where
+            the recipe has ``attention.mean_density``.
     Cost: one pass over queries and keys and a product of (T / block_size)^2 / 2 per head.
     Source: Jiang et al. 2024, https://arxiv.org/abs/2407.02490, algorithm 3 (block-sparse heads).
     Differs: every head follows it (the paper picks a pattern per head offline); block 0 and the
@@ -38,7 +40,10 @@ class BlockTopk:
     share: Annotated[float, Ge(0), Le(1)] = 0.0
     block_size: Literal[64, 128] = 64
     min_length: Annotated[int, Ge(1)] = 1024
+    heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    tuned: ClassVar[str] = "share"
+    ladder: ClassVar[tuple[float, ...]] = (0.0, 0.04, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
 
     def index(
         self,
@@ -51,7 +56,7 @@ class BlockTopk:
         """Pool, weigh and list.
 
         Args:
-            query: After RoPE, ``[B, H, T, D]``.
+            query: After RoPE, ``[B, H, T_q, D]``, of the last T_q tokens.
             keys: After RoPE, ``[B, H_kv, T, D]``.
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Multiplies the dot products.
@@ -59,19 +64,17 @@ class BlockTopk:
         Returns:
             Blocks per query head, made without waiting for the device.
         """
-        size, lengths = self.block_size, row_lengths(query, starts)
-        q, k = (block_means(aligned(x, starts, size), lengths, size) for x in (query, keys))
-
-        def weigh(rows: range) -> Tensor:
-            logits = scores(q[:, :, rows.start : rows.stop], k[:, :, : rows.stop], scaling, softcap)
-            return causal_softmax(logits, rows)
-
+        size = self.block_size
+        span = Span.of(query, keys, starts, size)
+        share = per_head(self.share, self.heads, query)
         return list_blocks(
-            weigh,
-            lengths,
+            pooled_weights(query, keys, span, scaling, softcap),
+            span.lengths,
             size,
-            q.shape[2],
+            span.blocks,
             heads=query.shape[1],
-            share=self.share,
+            first=span.first,
+            share=max(self.heads, default=self.share),
+            limit=share if isinstance(share, Tensor) else None,
             least=max(2, -(-self.budget // size)),
         )

@@ -12,15 +12,14 @@ from torch.nn.functional import pad
 
 from squeeze.registry import register
 from squeeze.sparsify.estimate import (
+    Span,
     aligned,
     block_diagonals,
-    block_means,
-    causal_softmax,
-    row_lengths,
+    pooled_weights,
     sampled_weights,
     scores,
 )
-from squeeze.sparsify.selection import list_blocks, mass_floor
+from squeeze.sparsify.selection import list_blocks, mass_floor, per_head
 from squeeze.types import BlockIndex
 
 
@@ -44,6 +43,8 @@ class Flexprefill:
             then by pooled weight; at least 16 blocks.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        heads: The share of each query head in place of ``mass``; calibration fills it in where
+            the recipe has ``attention.mean_density``.
     Cost: block_size * T + (T / block_size)^2 products of head size per head.
     Source: Lai et al. 2025, https://arxiv.org/abs/2502.20766, algorithms 1 to 4.
     Differs: columns and offsets are pooled into blocks before the fewest are counted; an offset
@@ -58,7 +59,10 @@ class Flexprefill:
     max_density: Annotated[float, Gt(0), Le(1)] = 0.5
     block_size: Literal[64, 128] = 64
     min_length: Annotated[int, Ge(1)] = 1024
+    heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    tuned: ClassVar[str] = "mass"
+    ladder: ClassVar[tuple[float, ...]] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.86, 0.9, 0.94, 0.97, 0.99)
 
     def index(
         self,
@@ -71,7 +75,7 @@ class Flexprefill:
         """Judge every head, find its blocks or its lines, and list.
 
         Args:
-            query: After RoPE, ``[B, H, T, D]``.
+            query: After RoPE, ``[B, H, T_q, D]``, of the last T_q tokens.
             keys: After RoPE, ``[B, H_kv, T, D]``.
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Multiplies the dot products.
@@ -79,34 +83,37 @@ class Flexprefill:
         Returns:
             Blocks per query head, made without waiting for the device.
         """
-        size, (H, T) = self.block_size, query.shape[1:3]
-        lengths = row_lengths(query, starts)
-        q, k = (block_means(aligned(x, starts, size), lengths, size) for x in (query, keys))
-        rows = range(max(0, T - size), T)
+        size, (H, T_q), T = self.block_size, query.shape[1:3], keys.shape[2]
+        span = Span.of(query, keys, starts, size)
+        lengths, k = span.lengths, span.key_means(keys)
+        rows = range(T - min(T_q, size), T)
         weights = sampled_weights(query, keys, T - lengths, scaling, softcap, rows)
-        lines = self._lines(weights, starts) / (lengths.clamp(max=size)[:, None, None])
+        sampled = lengths.clamp(max=min(T_q, size))  # queries of each row
+        lines = self._lines(weights, starts) / sampled[:, None, None]
         diagonals = block_diagonals(weights, rows, size)
         expected = self._expected(query, k, lengths, scaling, softcap)
         trusted = root_divergence(lines, expected) < self.threshold  # [B, H]
-        vertical, slash = (self._cover(x, trusted) for x in (lines, diagonals))
-
-        def weigh(rows: range) -> Tensor:
-            logits = scores(q[:, :, rows.start : rows.stop], k[:, :, : rows.stop], scaling, softcap)
-            return causal_softmax(logits, rows)
+        mass = per_head(self.mass, self.heads, query)
+        mass = mass.squeeze(-1) if isinstance(mass, Tensor) else mass  # [H, 1]
+        vertical, slash = (self._cover(x, trusted, mass) for x in (lines, diagonals))
+        weigh = pooled_weights(query, keys, span, scaling, softcap)
 
         def lines_and_diagonals(rows: range) -> Tensor:
-            i = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-            away = (i - torch.arange(rows.stop, device=q.device)).clamp(min=0)
+            i = torch.arange(rows.start, rows.stop, device=k.device)[:, None]
+            away = (i - torch.arange(rows.stop, device=k.device)).clamp(min=0)
             return vertical[:, :, None, : rows.stop] | slash[:, :, away]
 
-        N = q.shape[2]
-        floor = mass_floor(weigh, lengths, size, N, heads=H, mass=self.mass)
+        N = span.blocks
+        floor = mass_floor(
+            weigh, lengths, size, N, heads=H, mass=mass, first=span.first, begins=span.begins
+        )
         return list_blocks(
             weigh,
             lengths,
             size,
             N,
             heads=H,
+            first=span.first,
             share=self.max_density,
             floor=floor.masked_fill(~trusted[..., None, None], torch.inf),
             require=lines_and_diagonals,
@@ -132,13 +139,12 @@ class Flexprefill:
         logits = scores(mean, k, scaling, softcap).squeeze(2)
         return logits.masked_fill(hidden, -torch.inf).softmax(-1)
 
-    def _cover(self, weights: Tensor, trusted: Tensor) -> Tensor:
+    def _cover(self, weights: Tensor, trusted: Tensor, mass: float | Tensor) -> Tensor:
         """Mark the fewest blocks that hold ``mass``, or the least budget, bool ``[B, H, N]``."""
         values, order = weights.sort(dim=-1, descending=True, stable=True)
         before = pad(values.cumsum(-1)[..., :-1], (1, 0))
-        needed = before < self.mass * values.sum(-1, keepdim=True)
-        if self.mass == 1.0:
-            needed = torch.ones_like(needed)
+        needed = before < mass * values.sum(-1, keepdim=True)
+        needed = needed | (torch.as_tensor(mass, device=needed.device) >= 1.0)
         rank = torch.arange(weights.shape[-1], device=weights.device)
         taken = (needed & ~trusted[..., None]) | (rank * self.block_size < self.min_budget)
         return torch.zeros_like(taken).scatter_(-1, order, taken)

@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from squeeze.registry import register
-from squeeze.sparsify.estimate import aligned, block_counts, block_means, row_lengths, scores
+from squeeze.sparsify.estimate import Span, aligned, block_means, scores
 from squeeze.sparsify.selection import PAIR_BYTES, list_blocks
 from squeeze.types import BlockIndex
 
@@ -56,7 +56,7 @@ class Moba:
         """Gate, count the queries that each chunk got, and list blocks.
 
         Args:
-            query: After RoPE, ``[B, H, T, D]``.
+            query: After RoPE, ``[B, H, T_q, D]``, of the last T_q tokens.
             keys: After RoPE, ``[B, H_kv, T, D]``.
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Not read: the order of gates does not depend on it.
@@ -65,17 +65,17 @@ class Moba:
             Blocks per query head, made without waiting for the device.
         """
         size, per_chunk = self.block_size, self.chunk_size // self.block_size
-        lengths, H = row_lengths(query, starts), query.shape[1]
-        q = aligned(query, starts, size)
+        span, H = Span.of(query, keys, starts, size), query.shape[1]
+        lengths, q = span.lengths, span.queries(query)
         k = block_means(aligned(keys, starts, self.chunk_size), lengths, self.chunk_size)
-        real = block_counts(lengths, q.shape[2], 1) > 0  # [B, T]
+        real = (span.query_counts(1) > 0)[:, None, :, None]  # [B, 1, queries, 1]
 
         def weigh(rows: range) -> Tensor:
             first, end = rows.start * size, rows.stop * size
             chunks = -(-rows.stop // per_chunk)
-            gates = scores(q[:, :, first:end], k[:, :, :chunks], 1.0, None)
+            gates = scores(span.part(q, rows), k[:, :, :chunks], 1.0, None)
             routed = self._route(gates, torch.arange(first, end, device=q.device))
-            routed &= real[:, None, first:end, None]
+            routed &= span.part(real, rows)
             share = routed.unflatten(2, (-1, size)).sum(3) / size  # [B, H, R, chunks]
             return share.repeat_interleave(per_chunk, -1)[..., : rows.stop]
 
@@ -87,8 +87,9 @@ class Moba:
             weigh,
             lengths,
             size,
-            q.shape[2] // size,
+            span.blocks,
             heads=H,
+            first=span.first,
             share=self.max_density,
             floor=torch.full((1, 1, 1, 1), 0.5 / size, device=q.device),
             require=own_chunk,

@@ -12,9 +12,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from squeeze.registry import register
-from squeeze.sparsify.estimate import CELL_BYTES, antidiagonal_weights, row_lengths
+from squeeze.sparsify.estimate import CELL_BYTES, Span, antidiagonal_weights
 from squeeze.sparsify.index import RUN, compact_segments
-from squeeze.sparsify.selection import LEAST_BLOCKS, PAIR_BYTES, budget, ranked, segments
+from squeeze.sparsify.selection import (
+    LEAST_BLOCKS,
+    PAIR_BYTES,
+    budget,
+    per_head,
+    ranked,
+    segments,
+)
 from squeeze.types import BlockIndex
 
 
@@ -39,6 +46,8 @@ class Pyramid:
         stride: Tokens per cell of the estimate.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        heads: The share of each query head in place of ``full``; calibration fills it in where
+            the recipe has ``attention.mean_density``.
     Cost: the estimate of ``antidiagonal``; 4 bytes per 8 averages listed; averages of keys and
         values, 7/8 of their size, while attending.
     Source: Li et al. 2025, https://arxiv.org/abs/2512.04025, section 3 (pyramid, multi-level mask,
@@ -57,7 +66,10 @@ class Pyramid:
     stride: Literal[4, 8, 16, 32] = 16
     block_size: Literal[64, 128] = 64
     min_length: Annotated[int, Ge(1)] = 1024
+    heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    tuned: ClassVar[str] = "full"
+    ladder: ClassVar[tuple[float, ...]] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98)
 
     def index(
         self,
@@ -70,7 +82,7 @@ class Pyramid:
         """Estimate, order, and list blocks and averages.
 
         Args:
-            query: After RoPE, ``[B, H, T, D]``.
+            query: After RoPE, ``[B, H, T_q, D]``, of the last T_q tokens.
             keys: After RoPE, ``[B, H_kv, T, D]``.
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Multiplies the dot products.
@@ -78,36 +90,39 @@ class Pyramid:
         Returns:
             Blocks and averages per query head, made without waiting for the device.
         """
-        (B, H, T, _), size, device = query.shape, self.block_size, query.device
-        N, lengths, kept = -(-T // size), row_lengths(query, starts), []
-        weigh = antidiagonal_weights(query, keys, starts, size, self.stride, scaling, softcap)
+        (B, H), T, size, device = query.shape[:2], keys.shape[2], self.block_size, query.device
+        span, kept = Span.of(query, keys, starts, size), []
+        N, lengths, first = span.blocks, span.lengths, span.first
+        weigh = antidiagonal_weights(query, keys, span, self.stride, scaling, softcap)
+        full = per_head(self.full, self.heads, query)
         pair_bytes = PAIR_BYTES + CELL_BYTES * (size // self.stride) ** 2
-        for rows in segments(N, B * H * N * pair_bytes):
+        for rows in segments(N, B * H * N * pair_bytes, first):
             weights = weigh(rows)
             order, _ = ranked(weights, rows)
-            ends = self._ends(weights.gather(-1, order), rows)  # [B, H, R, 4]
+            ends = self._ends(weights.gather(-1, order), rows, full)  # [B, H, R, 4]
             real = torch.arange(rows.start, rows.stop, device=device) * size < lengths[:, None]
             exact, averaged = self._most(rows.stop - 1)
             order = order[..., : min(rows.stop, exact + 3 * averaged)].int()
             kept.append((order, ends * real[:, None, :, None]))
-        most = [self._most(i) for i in range(N)]
-        offsets, ids = compact_segments(self._exact(kept, N), sum(exact for exact, _ in most))
+        most = [self._most(i) for i in range(first, N)]
+        exact_total, averaged_total = (sum(part) for part in zip(*most, strict=True))
+        offsets, ids = compact_segments(self._exact(kept, N), exact_total, first)
         each = sum((size >> h) // RUN for h in (1, 2, 3))
         runs = self._runs(kept, [averaged for _, averaged in most], T)
-        pooled = compact_segments(runs, each * sum(averaged for _, averaged in most))
+        pooled = compact_segments(runs, each * averaged_total, first)
         return BlockIndex(size, offsets, ids, pooled_offsets=pooled[0], pooled_ids=pooled[1])
 
     def _most(self, row: int) -> tuple[int, int]:
         """Return how many blocks query block ``row`` may read exactly, and at each other level."""
         return budget(row, self.max_density), budget(row, self.max_averaged, least=0)
 
-    def _ends(self, weights: Tensor, rows: range) -> Tensor:
+    def _ends(self, weights: Tensor, rows: range, full: float | Tensor) -> Tensor:
         """Return the ranks at which each level ends, ``[B, H, R, 4]``, for weights by rank."""
         own = torch.arange(rows.start, rows.stop, device=weights.device) + 1
         before = pad(weights.cumsum(-1)[..., :-1], (1, 0))
         end, ends = torch.zeros_like(own), []
-        for level, mass in enumerate((self.full, self.half, self.quarter, self.eighth)):
-            if mass == 1.0:
+        for level, mass in enumerate((full, self.half, self.quarter, self.eighth)):
+            if not isinstance(mass, Tensor) and mass == 1.0:
                 wanted = own.expand(weights.shape[:-1])
             else:
                 wanted = (before < mass * weights.sum(-1, keepdim=True)).sum(-1)

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from squeeze.registry import register
 from squeeze.sparsify.estimate import (
+    Span,
     aligned,
     block_counts,
-    block_means,
-    causal_softmax,
-    row_lengths,
-    scores,
+    pooled_weights,
 )
-from squeeze.sparsify.selection import list_blocks
+from squeeze.sparsify.selection import list_blocks, per_head
 from squeeze.types import BlockIndex
 
 
@@ -40,12 +38,15 @@ class Sparge:
             What varies inside comes first.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        heads: The share of each query head in place of ``mass``; calibration fills it in where
+            the recipe has ``attention.mean_density``.
     Cost: one pass over queries and keys and a product of (T / block_size)^2 / 2 per head.
     Source: Zhang et al. 2025, https://arxiv.org/abs/2502.18137, section 3.2 to 3.4;
         https://github.com/thu-ml/SpargeAttn, ``get_block_map_meansim``.
-    Differs: block 0 and the diagonal always, and counted in the mass; the block that crosses
-        ``mass`` is kept; equal blocks of queries and keys; a bound on the list; one setting for all
-        heads (the source tunes each); products with values are not skipped inside the kernel.
+    Differs: block 0 and the diagonal always, and counted in the mass; the last block, where it is
+        not full, weighs by the keys it has; the block that crosses ``mass`` is kept; equal blocks
+        of queries and keys; a bound on the list; of the settings that the source tunes per head
+        only the mass is; products with values are not skipped inside the kernel.
     """
 
     mass: Annotated[float, Gt(0), Le(1)] = 0.95
@@ -53,7 +54,10 @@ class Sparge:
     max_density: Annotated[float, Gt(0), Le(1)] = 0.5
     block_size: Literal[64, 128] = 64
     min_length: Annotated[int, Ge(1)] = 1024
+    heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    tuned: ClassVar[str] = "mass"
+    ladder: ClassVar[tuple[float, ...]] = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99)
 
     def index(
         self,
@@ -66,7 +70,7 @@ class Sparge:
         """Pool, judge the pooling, weigh and list.
 
         Args:
-            query: After RoPE, ``[B, H, T, D]``.
+            query: After RoPE, ``[B, H, T_q, D]``, of the last T_q tokens.
             keys: After RoPE, ``[B, H_kv, T, D]``.
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Multiplies the dot products.
@@ -74,44 +78,41 @@ class Sparge:
         Returns:
             Blocks per query head, made without waiting for the device.
         """
-        size, lengths = self.block_size, row_lengths(query, starts)
-        q, k = (aligned(x, starts, size) for x in (query, keys))
+        size = self.block_size
+        span = Span.of(query, keys, starts, size)
+        lengths, k = span.lengths, aligned(keys, starts, size)
         center = k.sum(2, keepdim=True, dtype=torch.float32) / lengths[:, None, None, None]
-        varied_q = self_similarity(q, lengths, size, None) <= self.similarity  # [B, H, N]
-        varied_k = self_similarity(k, lengths, size, center) <= self.similarity
-        q_means, k_means = (block_means(x, lengths, size) for x in (q, k))
+        counts = span.query_counts(1), block_counts(lengths, k.shape[2], 1)
+        varied_q = self_similarity(span.queries(query), counts[0], size, None) <= self.similarity
+        varied_k = self_similarity(k, counts[1], size, center) <= self.similarity  # [B, H_kv, N]
         groups = query.shape[1] // keys.shape[1]
         varied_k = varied_k.repeat_interleave(groups, 1)[:, :, None]  # [B, H, 1, N]
 
-        def weigh(rows: range) -> Tensor:
-            means = q_means[:, :, rows.start : rows.stop], k_means[:, :, : rows.stop]
-            logits = scores(*means, scaling, softcap)
-            logits = logits.masked_fill(varied_k[..., : rows.stop], -torch.inf)
-            return causal_softmax(logits, rows)
-
         def varied(rows: range) -> Tensor:
-            return varied_q[:, :, rows.start : rows.stop, None] | varied_k[..., : rows.stop]
+            return span.part(varied_q[..., None], rows) | varied_k[..., : rows.stop]
 
         return list_blocks(
-            weigh,
+            pooled_weights(query, keys, span, scaling, softcap, varied_k),
             lengths,
             size,
-            q_means.shape[2],
+            span.blocks,
             heads=query.shape[1],
+            first=span.first,
             share=self.max_density,
-            mass=self.mass,
+            mass=per_head(self.mass, self.heads, query),
             require=varied,
         )
 
 
-def self_similarity(x: Tensor, lengths: Tensor, size: int, center: Tensor | None) -> Tensor:
+def self_similarity(x: Tensor, counts: Tensor, size: int, center: Tensor | None) -> Tensor:
     """Return the mean cosine over all pairs of real tokens of each block, float32 ``[B, H, N]``.
 
     It equals the squared length of the mean of the unit vectors. ``x [B, H, N * size, D]`` is what
-    ``aligned`` returns; ``center [B, H, 1, D]`` is subtracted first. Blocks of padding give 0.
+    ``aligned`` returns, ``counts`` int64 ``[B, N * size]`` is 1 for its real tokens; ``center
+    [B, H, 1, D]`` is subtracted first. Blocks of padding give 0.
     """
     x = x.float() if center is None else x.float() - center
     units = x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    real = block_counts(lengths, x.shape[2], 1) > 0  # [B, T]
-    units = units * real[:, None, :, None]
-    return block_means(units, lengths, size).square().sum(-1)
+    total = (units * counts[:, None, :, None]).unflatten(2, (-1, size)).sum(3)
+    real = counts.unflatten(-1, (-1, size)).sum(-1).clamp(min=1)  # [B, N]
+    return (total / real[:, None, :, None]).square().sum(-1)

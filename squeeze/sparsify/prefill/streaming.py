@@ -51,8 +51,8 @@ class Streaming:
         """Return the blocks that hold sinks or a part of the window.
 
         Args:
-            query: ``[B, H, T, D]``; only its shape is read.
-            keys: Not read.
+            query: ``[B, H, T_q, D]``; only its shape is read.
+            keys: ``[B, H_kv, T, D]``; likewise.
             starts: Not read: the list is the same for every row and blocks past a row's end are
                 unused.
             scaling: Not read.
@@ -60,7 +60,7 @@ class Streaming:
         Returns:
             An index of blocks alone; rows and heads share memory.
         """
-        B, H, T = query.shape[:3]
+        (B, H), T = query.shape[:2], keys.shape[2]
         size, N = self.block_size, -(-T // self.block_size)
         i = torch.arange(N, device=query.device)[:, None]
         j = torch.arange(N, device=query.device)

@@ -56,7 +56,7 @@ class StridedShards:
         """List the window, the head's shard and block 0.
 
         Args:
-            query: ``[B, H, T, D]``; only its shape is read.
+            query: ``[B, H, T_q, D]``; only its shape is read.
             keys: ``[B, H_kv, T, D]``; likewise.
             starts: Not read: the lists are the same for every row and blocks past a row's end are
                 unused.
@@ -65,7 +65,7 @@ class StridedShards:
         Returns:
             Blocks per query head.
         """
-        (B, H, T, _), H_kv, device = query.shape, keys.shape[1], query.device
+        (B, H), (H_kv, T), device = query.shape[:2], keys.shape[1:3], query.device
         N, local = -(-T // self.block_size), -(-self.window_size // self.block_size)
         shift = torch.arange(H_kv, device=device)[:, None, None] * max(1, self.stride // H_kv) + 1
         dense = torch.arange(H_kv, device=device)[:, None, None] >= H_kv - self.dense_heads

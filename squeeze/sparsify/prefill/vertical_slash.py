@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from squeeze.registry import register
-from squeeze.sparsify.estimate import block_diagonals, sampled_weights
+from squeeze.sparsify.estimate import Span, block_diagonals, sampled_weights
 from squeeze.sparsify.index import compact
+from squeeze.sparsify.selection import per_head
 from squeeze.types import BlockIndex
 
 
@@ -37,6 +39,9 @@ class VerticalSlash:
         stride: Distance between the queries of a pass, in tokens.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        scale: Multiplies both budgets.
+        heads: The factor of each query head in place of ``scale``; calibration fills it in where
+            the recipe has ``attention.mean_density``.
     Cost: 1 + passes products of last_queries x T per head; 12 * last_queries * T bytes a head while
         estimating; the index takes at most 4 * T / block_size * (verticals + slashes / block_size)
         bytes per head.
@@ -56,7 +61,11 @@ class VerticalSlash:
     stride: Annotated[int, Ge(1)] = 16
     block_size: Literal[64, 128] = 64
     min_length: Annotated[int, Ge(1)] = 1024
+    scale: Annotated[float, Ge(0)] = 1.0
+    heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    tuned: ClassVar[str] = "scale"
+    ladder: ClassVar[tuple[float, ...]] = (0.04, 0.1, 0.2, 0.3, 0.45, 0.65, 0.9, 1.25, 1.7, 2.4)
 
     def index(
         self,
@@ -69,7 +78,7 @@ class VerticalSlash:
         """Estimate, select, and list what every block of queries reads.
 
         Args:
-            query: After RoPE, ``[B, H, T, D]``.
+            query: After RoPE, ``[B, H, T_q, D]``, of the last T_q tokens.
             keys: After RoPE, ``[B, H_kv, T, D]``.
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Multiplies the dot products.
@@ -77,55 +86,63 @@ class VerticalSlash:
         Returns:
             Blocks and columns per query head, on the query's device, made without waiting for it.
         """
-        B, _, T, _ = query.shape
-        if starts is None:
-            starts = torch.zeros(B, dtype=torch.int64, device=query.device)
-        lengths = (T - starts)[:, None, None]  # [B, 1, 1]
+        T = keys.shape[2]
+        span = Span.of(query, keys, starts, self.block_size)
+        lengths = span.lengths[:, None, None]  # [B, 1, 1]
+        scale = per_head(self.scale, self.heads, query)
         columns = diagonals = torch.zeros((), device=query.device)
-        for rows in self._samples(T):
-            weights = sampled_weights(query, keys, starts, scaling, softcap, rows)
+        for rows in self._samples(T, query.shape[2]):
+            weights = sampled_weights(query, keys, T - span.lengths, scaling, softcap, rows)
             columns = columns + weights.sum(-2)  # [B, H, T]
             diagonals = diagonals + block_diagonals(weights, rows, self.block_size)
-        chosen = self._choose_columns(columns, starts, lengths)
-        distances = self._choose_distances(diagonals, lengths)
-        return self._list(chosen, distances, lengths, T)
+        chosen = self._choose_columns(columns, T - span.lengths, lengths, scale)
+        distances = self._choose_distances(diagonals, lengths, scale)
+        return self._list(chosen, distances, span)
 
-    def _samples(self, T: int) -> list[range]:
+    def _samples(self, T: int, T_q: int) -> list[range]:
         """Return the tokens whose queries are read, one progression per pass over the keys."""
         steps = [(T - 1, 1)]
         steps += [(T - 1 - i * self.stride // self.passes, self.stride) for i in range(self.passes)]
         return [
-            range(last, max(-1, last - self.last_queries * stride), -stride)[::-1]
+            range(last, max(T - T_q - 1, last - self.last_queries * stride), -stride)[::-1]
             for last, stride in steps
-            if last >= 0
+            if last >= T - T_q
         ]
 
-    def _choose_columns(self, mass: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    def _choose_columns(
+        self, mass: Tensor, starts: Tensor, lengths: Tensor, scale: float | Tensor
+    ) -> Tensor:
         """Return the positions of the best columns, ascending, ``[B, H, V]``; T fills up."""
         T = mass.shape[-1]
         positions = torch.arange(T, device=mass.device)
         tokens = (positions + starts[:, None]) % T  # [B, T], where in the batch a position lies
         mass = mass.gather(-1, tokens[:, None].expand_as(mass))  # [B, H, T], by position
         mass = mass.masked_fill((positions < self.block_size) | (positions >= lengths), -1.0)
-        mass, best = mass.topk(min(self.verticals, T), sorted=False)
-        return best.masked_fill(mass < 0, T).sort().values
+        count = min(math.ceil(self.verticals * max(self.heads, default=self.scale)), T)
+        mass, best = mass.topk(count)
+        over = torch.arange(count, device=mass.device) >= _number(self.verticals * scale)
+        return best.masked_fill((mass < 0) | over, T).sort().values
 
-    def _choose_distances(self, mass: Tensor, lengths: Tensor) -> Tensor:
+    def _choose_distances(self, mass: Tensor, lengths: Tensor, scale: float | Tensor) -> Tensor:
         """Return the best distances in blocks, descending, ``[B, H, S]``; N fills up."""
         N = mass.shape[-1]
         distances = torch.arange(N, device=mass.device)
         nearest = 1 + -(-(self.window_size - 1) // self.block_size)
         mass = mass.masked_fill(distances < nearest, torch.inf)
         mass = mass.masked_fill(distances * self.block_size >= lengths, -1.0)
-        count = min(N, max(-(-self.slashes // self.block_size), nearest))
-        mass, best = mass.topk(count, sorted=False)
-        return best.masked_fill(mass < 0, N).sort(descending=True).values
+        blocks = self.slashes / self.block_size
+        most = math.ceil(blocks * max(self.heads, default=self.scale))
+        mass, best = mass.topk(min(N, max(most, nearest)))
+        rank = torch.arange(best.shape[-1], device=mass.device)
+        over = (rank >= _number(blocks * scale)) & (rank >= nearest)
+        return best.masked_fill((mass < 0) | over, N).sort(descending=True).values
 
-    def _list(self, columns: Tensor, distances: Tensor, lengths: Tensor, T: int) -> BlockIndex:
+    def _list(self, columns: Tensor, distances: Tensor, span: Span) -> BlockIndex:
         """Lay the choices out per query block: its blocks, then the columns outside them."""
-        size, N = self.block_size, -(-T // self.block_size)
+        size, N = self.block_size, span.blocks
         i = torch.arange(N, device=columns.device)[:, None]
-        real = (i * size < lengths)[:, None]  # [B, 1, N, 1]
+        real = (i * size < span.lengths[:, None, None]) & (i >= span.first)
+        real = real[:, None]  # [B, 1, N, 1]
         blocks = pad((i - distances[:, :, None]).clamp(min=0), (1, 0))  # [B, H, N, 1 + S]
         keep = pad(blocks[..., 1:] > 0, (1, 0), value=True) & real
         capacity = sum(min(row, distances.shape[-1]) + 1 for row in range(N))
@@ -138,3 +155,8 @@ class VerticalSlash:
         keep = ~covered.gather(-1, away.flatten(-2)).view(away.shape) & real
         capacity = sum(min(columns.shape[-1], max(0, row - 1) * size) for row in range(N))
         return BlockIndex(size, offsets, ids, *compact(columns[:, :, None], keep, capacity))
+
+
+def _number(budget: float | Tensor) -> int | Tensor:
+    """Round a budget, or each head's ``[H, 1, 1]``, up to whole entries; shapes ``[H, 1]``."""
+    return budget.ceil().squeeze(-1) if isinstance(budget, Tensor) else math.ceil(budget)

@@ -24,7 +24,9 @@ def oracle(policy, query, keys):
     )
     result = []
     for i in range(len(q)):
-        logits = torch.stack([SCALING * q[i] @ k[j] for j in range(i + 1)])
+        # The last block may have fewer keys than the others.
+        filled = torch.tensor([min(size, len(keys) - a) / size for a in firsts][: i + 1])
+        logits = torch.stack([SCALING * q[i] @ k[j] for j in range(i + 1)]) + filled.log()
         known = torch.tensor([not varied for varied in varied_k[: i + 1]])
         weights = logits.masked_fill(~known, -torch.inf).softmax(0).nan_to_num(0.0).tolist()
         require = [j for j in range(i + 1) if varied_q[i] or varied_k[j]]
@@ -50,7 +52,7 @@ def test_against_the_words(T, heads, mass, threshold, size, starts):
 def test_self_similarity_by_hand():
     # Two tokens at right angles: cosines 1, 0, 0, 1. Equal tokens: 1. One real token of two: 1.
     x = torch.tensor([[1.0, 0], [0, 3], [2, 2], [5, 5], [0, 7], [0, 0]]).view(1, 1, 6, 2)
-    values = self_similarity(x, torch.tensor([5]), 2, None)
+    values = self_similarity(x, torch.tensor([[1, 1, 1, 1, 1, 0]]), 2, None)
     assert values.flatten().tolist() == pytest.approx([0.5, 1.0, 1.0])
 
 
@@ -88,3 +90,12 @@ def test_a_full_budget_is_dense():
 
 def test_it_is_registered():
     assert get("prefill", "sparge") is Sparge
+
+
+def test_few_keys_at_the_end_weigh_as_few():
+    # The last queries like the block before their own as much as the 8 keys of their own. Without
+    # the count these 8, which their mean describes best, would take the weight of 64.
+    query, keys = torch.ones(1, 1, 584, 4), torch.zeros(1, 1, 584, 4)
+    keys[:, :, 448:512], keys[:, :, 576:] = 1.0, 1.1
+    rows = lists(Sparge(0.8, -1.0).index(query, keys, None, 1.0), 0, 0)
+    assert rows[9] == [0, 7, 9]

@@ -1,0 +1,1 @@
+"""Storage of encoded blocks at slots that the device counts."""

@@ -1,0 +1,1 @@
+"""What stands between the products and the attention of a decode step."""
