@@ -133,3 +133,25 @@ def test_no_problems():
 def test_refuses(values, weights, clusters, message):
     with pytest.raises(ValueError, match=message):
         kmeans1d(values, weights, clusters=clusters)
+
+
+@pytest.mark.parametrize("clusters", [2, 4, 8, 16])
+def test_a_local_optimum_is_near_the_best(clusters):
+    generator = torch.Generator().manual_seed(clusters)
+    values = torch.randn(20, 400, generator=generator) ** 3  # heavy tails
+    weights = torch.rand(20, 400, generator=generator) ** 4
+    best = error(values, weights, *kmeans1d(values, weights, clusters=clusters))
+    found = kmeans1d(values, weights, clusters=clusters, exact=False)
+    assert (found[0].diff(dim=1) >= 0).all()
+    ratio = error(values, weights, *found).sum() / best.sum()
+    assert 1 - 1e-6 < ratio < 1.1
+    twice = kmeans1d(values, weights, clusters=clusters, exact=False)
+    assert torch.equal(found[0], twice[0]) and torch.equal(found[1], twice[1])
+
+
+@pytest.mark.parametrize("values", [[[3.0, 3.0, 3.0]], [[1.0, 2.0]], [[5.0]]])
+def test_a_local_optimum_of_few_values_has_a_centroid_for_them(values):
+    x = torch.tensor(values)
+    centroids, indices = kmeans1d(x, clusters=4, exact=False)
+    assert centroids.isfinite().all()
+    assert (centroids.gather(1, indices.long()) - x).abs().max() <= x.max() - x.min()

@@ -8,10 +8,11 @@ from torch import Tensor
 from squeeze.kernels.kmeans1d import reference
 
 FLOOR = 1e-9  # least weight, as a share of the mean: a value nobody needs still has a place
+ITERATIONS = 8  # of a search for a local optimum, between exchanges
 
 
 def kmeans1d(
-    values: Tensor, weights: Tensor | None = None, *, clusters: int
+    values: Tensor, weights: Tensor | None = None, *, clusters: int, exact: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Cluster every row of scalars so that the weighted squared error is the least possible.
 
@@ -24,6 +25,9 @@ def kmeans1d(
         weights: ``[P, n]``, at least 0; a row whose weights sum to 0 is unweighted. ``None`` is
             unweighted.
         clusters: Number of centroids, 1 to 256.
+        exact: ``False`` stops at a local optimum, a few per cent off: Lloyd's iterations from
+            centroids as dense as the cube root of the values, and exchanges. Faster, for those who
+            refine the result.
     Returns:
         centroids float32 ``[P, clusters]`` ascending, and indices uint8 ``[P, n]``, each value's
         nearest centroid; both on the device of ``values``.
@@ -33,7 +37,8 @@ def kmeans1d(
         the number of clusters.
     Source: the objective and its exact solution, H. Wang and M. Song 2011 (Ckmeans.1d.dp); the
         penalty search, A. Gronlund et al. 2017, https://arxiv.org/abs/1701.07204, and, with the
-        splicing of tied paths, A. Aggarwal, B. Schieber, T. Tokuyama 1994.
+        splicing of tied paths, A. Aggarwal, B. Schieber, T. Tokuyama 1994. Centroids of a good
+        quantizer by the cube root of the density: P. Panter and W. Dite 1951.
     Differs: one penalty is solved by policy iteration over row maxima, which runs as tensor
         operations over all problems, and not by a sequential queue. Weights below 1e-9 of a
         row's mean count as that much.
@@ -47,7 +52,10 @@ def kmeans1d(
     mass = torch.ones_like(ranked) if weights is None else weights.gather(1, order).double()
     mean = mass.mean(1, keepdim=True)
     mass = torch.where(mean > 0, (mass / mean.clamp(min=1e-300)).clamp(min=FLOOR), 1.0)
-    bounds = reference.partition(ranked, mass, clusters)
+    if exact:
+        bounds = reference.partition(ranked, mass, clusters)
+    else:
+        bounds = reference.descend(ranked, mass, clusters, ITERATIONS)
     centroids = _centroids(ranked, mass, bounds)
     middles = (centroids[:, 1:] + centroids[:, :-1]) / 2
     indices = torch.searchsorted(middles, values.double())

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+TINY = 1e-300  # divides sums of nothing
 CHUNK = 1 << 18  # nodes searched together, so that the working set stays in a processor's cache
 EQUAL = 1e-13  # difference of gains, as a share of the variance, that is rounding
 TRIALS = 64  # penalties after which neighbouring optima are taken to tie
@@ -60,6 +61,78 @@ def partition(values: Tensor, weights: Tensor, clusters: int) -> Tensor:
     size = max(1, CHUNK // values.shape[1])
     parts = zip(values.split(size), weights.split(size), strict=True)
     return torch.cat([_partition(x, w, clusters) for x, w in parts])
+
+
+def descend(values: Tensor, weights: Tensor, clusters: int, iterations: int) -> Tensor:
+    """Cut every sorted row where Lloyd's iterations, with exchanges between them, leave the cuts.
+
+    An exchange joins the two neighbours that lose least by it and splits the run with the largest
+    error. It is undone in rows that it does not help.
+
+    Args:
+        values: float64 ``[P, n]``, ascending.
+        weights: float64 ``[P, n]``, positive.
+        clusters: Runs of a row; some may be empty.
+        iterations: Means and nearest values, in turn, after every exchange; there are as many
+            exchanges as runs.
+    Returns:
+        int64 ``[P, clusters + 1]``, where runs start; the last column is n.
+    """
+    rows, count = values.shape
+    zero = values.new_zeros(rows, 1)
+    centred = values - (weights * values).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+    sums = [torch.cat([zero, (weights * centred.pow(power)).cumsum(1)], 1) for power in range(3)]
+    # Mass times gap squared is the cube of what a gap adds to a measure of equal errors.
+    measure = (weights[:, 1:] * values.diff(dim=1).square()).pow(1 / 3).cumsum(1)
+    measure = torch.cat([zero, measure], 1)
+    wanted = (torch.arange(clusters, dtype=values.dtype, device=values.device) + 0.5) / clusters
+    places = torch.searchsorted(measure, measure[:, -1:] * wanted).clamp(max=count - 1)
+    centers, bounds, error = _lloyd(centred, sums, centred.gather(1, places), iterations)
+    for _ in range(clusters if clusters > 2 else 0):
+        trial = _lloyd(centred, sums, _exchanged(sums, centers, bounds), iterations)
+        better = (trial[2] < error)[:, None]
+        centers = torch.where(better, trial[0], centers)
+        bounds = torch.where(better, trial[1], bounds)
+        error = torch.minimum(error, trial[2])
+    return bounds
+
+
+def _lloyd(
+    values: Tensor, sums: list[Tensor], centers: Tensor, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Move centroids to the means of their values; return them, the cuts and each row's error."""
+    first = torch.zeros(len(values), 1, dtype=torch.int64, device=values.device)
+    bounds = first
+    for _ in range(iterations):
+        middles = (centers[:, 1:] + centers[:, :-1]) / 2
+        found = torch.searchsorted(values, middles)
+        bounds = torch.cat([first, found, first + values.shape[1]], 1)
+        mass, moment = (x.gather(1, bounds).diff(dim=1) for x in sums[:2])
+        means = moment / mass.clamp(min=TINY)
+        centers = torch.where(mass > 0, means, centers).cummax(1).values
+    return centers, bounds, _errors(sums, bounds).sum(1)
+
+
+def _errors(sums: list[Tensor], bounds: Tensor) -> Tensor:
+    """Squared error of every run around its mean."""
+    mass, moment, square = (x.gather(1, bounds).diff(dim=1) for x in sums)
+    return (square - moment.square() / mass.clamp(min=TINY)).clamp(min=0)
+
+
+def _exchanged(sums: list[Tensor], centers: Tensor, bounds: Tensor) -> Tensor:
+    """Centroids after joining the cheapest two neighbours and splitting the worst other run."""
+    errors = _errors(sums, bounds)
+    joined = [_errors(sums, bounds[:, [i, i + 2]]) for i in range(centers.shape[1] - 1)]
+    cost = torch.cat(joined, 1) - errors[:, 1:] - errors[:, :-1]
+    left = cost.argmin(1, keepdim=True)
+    both = torch.cat([left, left + 1], 1)
+    worst = errors.scatter(1, both, -1.0).argmax(1, keepdim=True)
+    mass, moment = (x.gather(1, bounds).diff(dim=1) for x in sums[:2])
+    mean = moment.gather(1, both).sum(1) / mass.gather(1, both).sum(1).clamp(min=TINY)
+    spread = (errors / mass.clamp(min=TINY)).sqrt().gather(1, worst)
+    middle = centers.gather(1, worst)
+    result = centers.scatter(1, left, mean[:, None]).scatter(1, left + 1, middle + spread)
+    return result.scatter(1, worst, middle - spread).sort(1).values
 
 
 def _partition(values: Tensor, weights: Tensor, clusters: int) -> Tensor:

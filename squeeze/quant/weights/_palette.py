@@ -36,12 +36,15 @@ class Palette:
     rows_per_codebook: Annotated[int, Field(ge=1)] = 8
     entries: Literal["float16", "int8"] = "int8"
 
-    def cluster(self, dense: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def cluster(
+        self, dense: Tensor, mass: Tensor, exact: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Minimise the weighted squared error by k-means.
 
         Args:
             dense: float32 ``[out, in]``.
             mass: What an error of each weight counts, float32 ``[out, in]``, at least 0.
+            exact: Whether the centroids are the best there are, or a start for something better.
         Returns:
             indices uint8 ``[out, in]``, codebooks ``[G, B, 2**bits]`` as stored, and the scales
             float16 ``[out]``, or ``None``.
@@ -50,7 +53,7 @@ class Palette:
         rows, columns = self.sharing(out_features, in_features)
         fit = _fit_scaled if self.entries == "int8" else _fit_plain
         values, mass = split(dense, rows, columns), split(mass, rows, columns)
-        indices, codebook, scale = fit(values, mass, 2**self.bits)
+        indices, codebook, scale = fit(values, mass, 2**self.bits, exact)
         if scale is not None:
             scale = scale[:, 0].flatten()[:out_features].contiguous()
         return join(indices, out_features, in_features), codebook, scale
@@ -131,10 +134,11 @@ def join(blocks: Tensor, out_features: int, in_features: int) -> Tensor:
     return blocks.transpose(1, 2).flatten(2, 3).flatten(0, 1)[:out_features, :in_features]
 
 
-def _cluster(values: Tensor, mass: Tensor, clusters: int) -> Tensor:
-    """Exact centroids of every block: ``[G, B, rows, columns]`` to ``[G, B, clusters]``."""
+def _cluster(values: Tensor, mass: Tensor, clusters: int, exact: bool) -> Tensor:
+    """Centroids of every block: ``[G, B, rows, columns]`` to ``[G, B, clusters]``."""
     flat, weights = values.flatten(2).flatten(0, 1), mass.flatten(2).flatten(0, 1)
-    return kmeans1d(flat, weights, clusters=clusters)[0].view(*values.shape[:2], clusters)
+    found = kmeans1d(flat, weights, clusters=clusters, exact=exact)[0]
+    return found.view(*values.shape[:2], clusters)
 
 
 def _assign(values: Tensor, codebook: Tensor) -> Tensor:
@@ -144,13 +148,17 @@ def _assign(values: Tensor, codebook: Tensor) -> Tensor:
     return found.view(values.shape).to(torch.uint8)
 
 
-def _fit_plain(values: Tensor, mass: Tensor, clusters: int) -> tuple[Tensor, Tensor, None]:
+def _fit_plain(
+    values: Tensor, mass: Tensor, clusters: int, exact: bool
+) -> tuple[Tensor, Tensor, None]:
     """Cluster the weights themselves; entries are the centroids in float16."""
-    codebook = _cluster(values, mass, clusters).half()
+    codebook = _cluster(values, mass, clusters, exact).half()
     return _assign(values, codebook.float()), codebook, None
 
 
-def _fit_scaled(values: Tensor, mass: Tensor, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
+def _fit_scaled(
+    values: Tensor, mass: Tensor, clusters: int, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster rows in units of their scale, round the entries, then refit all three in turn.
 
     Returns:
@@ -159,7 +167,7 @@ def _fit_scaled(values: Tensor, mass: Tensor, clusters: int) -> tuple[Tensor, Te
     """
     scale = representable(values.abs().amax(dim=(1, 3)) / LIMIT)[:, None, :, None]
     units = mass * scale.square()
-    centroids = _cluster(values / scale, units, clusters)
+    centroids = _cluster(values / scale, units, clusters, exact)
     indices = _assign(values / scale, centroids)
     factor = _best_factor(centroids, _per_code(units, indices, clusters))
     scale = representable(scale * factor[:, :, None, None])

@@ -117,9 +117,9 @@ class Lnq(SparsePalette):
         return hessian.diagonal(dim1=1, dim2=2).repeat_interleave(height, 0)
 
     def start(self, dense: Tensor, hessian: Tensor) -> _State:
-        """Cluster by the diagonal of the Hessian."""
+        """Cluster by the diagonal of the Hessian, as well as a start has to."""
         mass = self._diagonal(dense, hessian)
-        indices, entries, scale = self.cluster(dense, mass)
+        indices, entries, scale = self.cluster(dense, mass, exact=False)
         scale = dense.new_ones(len(dense)) if scale is None else scale.float()
         rows = self.sharing(dense.shape[0], dense.shape[1])[0]
         return _State(entries.float(), scale, indices.long(), rows)

@@ -144,11 +144,11 @@ def test_dead_inputs_and_zero_rows_do_no_harm(granularity):
     assert dense[3].abs().max() < (1e-4 if granularity == "row" else 0.02)
 
 
-def test_a_hessian_of_zeros_is_plain_clustering():
+def test_a_hessian_of_zeros_is_clustering_to_a_local_optimum():
     weight, hessian = problem()
     found = reconstruct(Lnq(bits=3).fit(weight, {"guided_hessian": 0 * hessian})) - weight
     expected = reconstruct(KMeans(bits=3, importance="none").fit(weight)) - weight
-    assert found.square().sum() <= 1.01 * expected.square().sum()
+    assert found.square().sum() <= 1.05 * expected.square().sum()
 
 
 @pytest.mark.parametrize("granularity", ["row", "rows"])
