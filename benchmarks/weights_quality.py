@@ -174,9 +174,12 @@ def table(result: Mapping[str, Any]) -> str:
         f"Model `{where['model']}`, {where['dtype']}, on {hardware}; windows and prompts "
         f"of {LENGTH} tokens, {where['mode']}; {where['windows']} windows, {where['facts']} facts, "
         f"seed {where['seed']}, {where['text']}. Seconds are of loading, calibration and fitting, "
-        f"{where['jobs']} rows side by side."
+        f"rows measured side by side: {where['jobs']}."
     )
+    absent = [f"`{name}`" for name in discover() if name not in result["rows"]]
     failed = [f"- {line}" for line in page.failures(result)]
+    if absent:
+        failed.insert(0, f"- Not measured: {', '.join(absent)}.")
     return "\n".join([*lines, "", conditions, *(["", *failed] if failed else [])]) + "\n"
 
 

@@ -51,6 +51,7 @@ def test_table_shows_bits_rise_and_failures():
     text = weights_quality.table(made)
     assert "| `weights3` | 3.500 | 3.250 | +5.65 ± " in text and "| 0.75 | 12 |" in text
     assert "hqq, 3 bits, groups of 64 | - | - | - | - | - |" in text
+    assert "- Not measured: `awq4`, " in text and "`weights3`," not in text
     assert "`hqq3` at 2048 tokens could not run: DeviceError: hqq is not installed" in text
 
 
