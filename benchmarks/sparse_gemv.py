@@ -6,15 +6,14 @@ cache holds, and replay as one CUDA graph, so neither reuse nor launch overhead 
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.benchmark import Timer
 
+from benchmarks.lut_linear import _median_us
 from squeeze.kernels.sparse_gemv.api import by_columns, sparse_gemv
 from squeeze.types import Implementation
 
@@ -77,25 +76,3 @@ def _call(
     x: Tensor, weight: Tensor, threshold: Tensor, how: Implementation
 ) -> Callable[[], Tensor]:
     return lambda: sparse_gemv(x, weight, threshold, implementation=how)
-
-
-def _median_us(calls: Sequence[Callable[[], Tensor]], device: torch.device, repeats: int) -> float:
-    """Median microseconds of one call."""
-    if device.type == "cpu":
-        return float(Timer("call()", globals={"call": calls[0]}).blocked_autorange().median * 1e6)
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)

@@ -38,7 +38,7 @@ from benchmarks.kv_cache_quality.rows import Row
 from scripts.readme import replace
 from squeeze import api, atomic, recipe
 from squeeze.environment import commit
-from squeeze.errors import DeviceError, RecipeError, SqueezeError, nearest
+from squeeze.errors import DeviceError, SqueezeError
 from squeeze.evaluation import TASKS, evaluate
 from squeeze.loading import load_model, load_tokenizer
 from squeeze.model_info import describe
@@ -195,13 +195,7 @@ def choose(names: str | None) -> list[Row]:
     Raises:
         RecipeError: there is no such row.
     """
-    known = discover()
-    wanted = list(known) if names is None else [name for name in names.split(",") if name]
-    for name in wanted:
-        if name not in known:
-            allowed = ", ".join(known)
-            raise RecipeError("--rows", f"unknown row {name!r}", allowed, nearest(name, known))
-    return [known[name] for name in wanted]
+    return results.choose(names, discover())
 
 
 def main() -> int:

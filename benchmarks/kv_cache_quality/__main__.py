@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.kv_cache_quality import page, results
 from benchmarks.kv_cache_quality.measure import Settings, measure
 from benchmarks.kv_cache_quality.rows import Row, discover
-from squeeze.errors import RecipeError, SqueezeError, nearest
+from squeeze.errors import SqueezeError
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "kv_cache_quality.json"
@@ -105,13 +105,7 @@ def choose(names: str | None) -> list[Row]:
     Raises:
         RecipeError: there is no such row.
     """
-    known = discover()
-    wanted = list(known) if names is None else [name for name in names.split(",") if name]
-    for name in wanted:
-        if name not in known:
-            allowed = ", ".join(known)
-            raise RecipeError("--rows", f"unknown row {name!r}", allowed, nearest(name, known))
-    return [known[name] for name in wanted]
+    return results.choose(names, discover())
 
 
 def run_cells(

@@ -12,9 +12,23 @@ from benchmarks.kv_cache_quality.measure import MODE, SEED, Settings
 from benchmarks.kv_cache_quality.rows import Row
 from squeeze import atomic, reference
 from squeeze.environment import environment
-from squeeze.errors import CheckpointError
+from squeeze.errors import CheckpointError, RecipeError, nearest
 from squeeze.model_info import describe
 from squeeze.plan import resolve_device
+
+
+def choose(names: str | None, known: Mapping[str, Row]) -> list[Row]:
+    """Return the rows named, with commas between, or every row.
+
+    Raises:
+        RecipeError: there is no such row.
+    """
+    wanted = list(known) if names is None else [name for name in names.split(",") if name]
+    for name in wanted:
+        if name not in known:
+            allowed = ", ".join(known)
+            raise RecipeError("--rows", f"unknown row {name!r}", allowed, nearest(name, known))
+    return [known[name] for name in wanted]
 
 
 def conditions(settings: Settings) -> dict[str, Any]:
