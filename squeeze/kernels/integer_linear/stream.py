@@ -318,7 +318,7 @@ def multiply(
     x, codes, scale, zero, exponents, bias, y, x_count, x_stride, in_features, out_features, groups,
     u: gl.constexpr, BITS: gl.constexpr, X: gl.constexpr, OWN: gl.constexpr, CHUNKS: gl.constexpr,
     DEPTH: gl.constexpr, WARPS: gl.constexpr, ASYMMETRIC: gl.constexpr, SCALED: gl.constexpr,
-    BIASED: gl.constexpr, OVERLAP: gl.constexpr,
+    BIASED: gl.constexpr,
 ):  # fmt: skip
     """y[slice, m, o] = sum_i W[o, i] x[m, i] over a slice of CHUNKS chunks, + bias[o] if given.
 
@@ -333,8 +333,7 @@ def multiply(
     TURNS: gl.constexpr = (CHUNKS + WARPS - 1) // WARPS
     GROUPS: gl.constexpr = groups_of(CHUNKS, u)
     ALL: gl.constexpr = shared_bytes(WARPS, DEPTH, PLANES, CHUNKS, X, OWN, u)
-    if OVERLAP:
-        gdc_launch_dependents()
+    gdc_launch_dependents()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     # The only shared memory of the kernel, so it begins where the assembly takes it to begin.
     shared = gl.allocate_shared_memory(gl.int32, [(ALL + 255) // 256 + 1, 64], plain)
@@ -363,8 +362,7 @@ def multiply(
         scale, zero, fact_base, thread, first_tile * 16, first_group, groups, out_features,
         OWN * 16, GROUPS, WARPS, BITS, ASYMMETRIC, HALF,
     )  # fmt: skip
-    if OVERLAP:
-        gdc_wait()
+    gdc_wait()
     _prepare_inputs(
         x, exponents, inputs, thread, first_chunk, x_count, x_stride, in_features,
         CHUNKS, X, WARPS, SCALED, u,
@@ -447,6 +445,4 @@ def _finish(
         keep = (which < SIZE) & (row < out_features) & (m < x_count)
         if BIASED:
             total += gl.load(bias + row, mask=keep, other=0.0).to(gl.float32)
-        gl.store(
-            y + m.to(gl.int64) * out_features + row, total.to(y.dtype.element_ty), mask=keep
-        )
+        gl.store(y + m.to(gl.int64) * out_features + row, total.to(y.dtype.element_ty), mask=keep)

@@ -16,7 +16,8 @@ from squeeze.types import IntegerWeight
 ROWS = 16  # of x
 WARPS = 16
 COPIES = 4  # of 16 bytes per row of a tile that a lane has under way
-SHARED_BYTES = 224 * 1024
+SHARED_BYTES = 224 * 1024  # of a program
+CAPABILITY = (9, 0)  # of GPUs; others keep to the other kernels
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,10 @@ class Shape:
 
 @triton.jit
 def _add_up(parts, bias, y, size, out_features, PARTS: tl.constexpr, BIASED: tl.constexpr,
-            BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+            BLOCK: tl.constexpr):  # fmt: skip
     """y[i] = sum of parts[p, i] in float32, plus the bias."""
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+    gdc_launch_dependents()
+    gdc_wait()
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = place < size
     total = tl.load(parts + place, mask=keep, other=0.0)
@@ -59,22 +59,20 @@ def fits(x: Tensor, weight: IntegerWeight) -> bool:
         and weight.shape[1] % 128 == 0
         and weight.shape[1] % weight.group_size == 0
         and weight.codes.data_ptr() % 16 == 0
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and torch.cuda.get_device_capability(x.device) == CAPABILITY
     )
 
 
 def integer_linear(x: Tensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
     """Compute ``x @ W.T + bias`` for ``x`` ``[rows, in]`` that ``fits``.
 
-    On GPUs that can, each kernel starts while the one before it ends and reads weights then. So
-    the kernel that wrote a weight must have ended when a kernel before this call began.
+    Each kernel starts while the one before it ends and reads weights then. So the kernel that wrote
+    a weight must have ended when a kernel before this call began.
     """
     from squeeze.kernels.integer_linear import stream
 
     out_features, in_features = weight.shape
     place = torch.cuda.get_device_properties(x.device)
-    overlap = (place.major, place.minor) >= (9, 0)
-    early = {"launch_pdl": True} if overlap else {}
     u, rows = weight.group_size // 32, len(x)
     shape = divide(rows, out_features, in_features, u, weight.bits, place.multi_processor_count)
     split = shape.slices > 1
@@ -86,12 +84,12 @@ def integer_linear(x: Tensor, weight: IntegerWeight, bias: Tensor | None) -> Ten
         u=u, BITS=weight.bits, X=shape.x_rows, OWN=shape.own, CHUNKS=shape.chunks,
         DEPTH=shape.depth, WARPS=WARPS, ASYMMETRIC=weight.zero is not None,
         SCALED=weight.exponents is not None and not weight.folded,
-        BIASED=bias is not None and not split, OVERLAP=overlap, num_warps=WARPS, **early,
+        BIASED=bias is not None and not split, num_warps=WARPS, launch_pdl=True,
     )  # fmt: skip
     if split:
         _add_up[(triton.cdiv(y.numel(), 512),)](
             parts, bias, y, y.numel(), out_features, PARTS=shape.slices, BIASED=bias is not None,
-            BLOCK=512, OVERLAP=overlap, num_warps=4, **early,
+            BLOCK=512, num_warps=4, launch_pdl=True,
         )  # fmt: skip
     return y
 

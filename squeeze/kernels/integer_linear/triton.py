@@ -18,8 +18,7 @@ from torch import Tensor
 from squeeze.kernels.integer_linear import streamed
 from squeeze.types import IntegerWeight
 
-STREAMED = True
-VECTOR_ROWS = 4  # up to here every row of x costs one multiply-add per weight
+VECTOR_ROWS = 1  # every row of x costs one multiply-add per weight
 TARGET_PROGRAMS = 264  # two per multiprocessor of a large GPU
 DENSE_ROWS = 16  # from here on decoding once and a library product are faster
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -278,16 +277,16 @@ def _dense_kernel(
 def integer_linear(x: Tensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
     """Compute ``x @ W.T + bias`` by the kernel that suits the number of rows of ``x``.
 
-    Up to 4: multiply-add in float32; up to 256: matrix product on tiles decoded in registers.
-    Above: this layer's weight is decoded to a scratch in the dtype of ``x``, the library
-    multiplies, and the scratch is freed.
+    Few rows that fit: ``streamed``. Otherwise one row: multiply-add in float32; up to 16: matrix
+    product on tiles decoded in registers. Above: this layer's weight is decoded to a scratch in the
+    dtype of ``x``, the library multiplies, and the scratch is freed.
     """
     out_features, in_features = weight.shape
     flat = x.reshape(-1, in_features)
     flat = flat if flat.stride(-1) == 1 or not flat.numel() else flat.contiguous()
     if len(flat) == 0:
         y = flat.new_empty(0, out_features)
-    elif STREAMED and streamed.fits(flat, weight):
+    elif streamed.fits(flat, weight):
         y = streamed.integer_linear(flat, weight, bias)
     elif len(flat) <= VECTOR_ROWS:
         y = _vector(flat, weight, bias)

@@ -88,8 +88,8 @@ def fits(x: Tensor, weight: ClusteredWeight) -> bool:
 def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tensor:
     """Compute ``x @ W.T + bias`` for ``x`` ``[rows, in]`` that ``fits``.
 
-    Each kernel starts while the one before it ends and reads weights then. So the kernel that wrote
-    a weight must have ended when a kernel before this call began.
+    Each kernel starts while the one before it ends and reads weight and bias then. So the kernels
+    that wrote them must have ended when a kernel before this call began.
     """
     from squeeze.kernels.lut_linear import gluon
 

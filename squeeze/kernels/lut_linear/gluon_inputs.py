@@ -187,7 +187,7 @@ def prepare_rows(
 
 @gluon.jit
 def _balance(low, high):
-    """Four low and four high entries to bytes A and B, see the module."""
+    """Four low and four high entries to bytes A and B, see ``gluon_assembly``."""
     return gl.inline_asm_elementwise(
         BALANCE, "=&r,=&r,r,r", [low, high], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
     )

@@ -134,14 +134,14 @@ def _limits(threshold, channel, in_features, first, step, COUNT: gl.constexpr):
     limits = ()
     for i in gl.static_range(0, COUNT):
         place = channel + (first + i) * step
-        limits = limits + (gl.load(threshold + place, mask=place < in_features, other=float("inf")),)
+        limits = limits + (
+            gl.load(threshold + place, mask=place < in_features, other=float("inf")),
+        )
     return limits
 
 
 @gluon.jit
-def _enlist(
-    x, limits, channel, list_base, count, in_features, first, step, COUNT: gl.constexpr
-):
+def _enlist(x, limits, channel, list_base, count, in_features, first, step, COUNT: gl.constexpr):
     """Append the live ones of COUNT channels a step apart to the warp's list."""
     HALF: gl.constexpr = x.dtype.element_ty == gl.float16
     values = ()
@@ -195,7 +195,7 @@ def _add(sums, words, word, HALF: gl.constexpr):
 def multiply(
     x, weight, threshold, bias, y, out_features, in_features, column_stride,
     UNITS: gl.constexpr, CHUNKS: gl.constexpr, GROUPS: gl.constexpr, EACH: gl.constexpr,
-    WARPS: gl.constexpr, BIASED: gl.constexpr, OVERLAP: gl.constexpr,
+    WARPS: gl.constexpr, BIASED: gl.constexpr,
 ):  # fmt: skip
     """y[share, o] = sum over the live channels i of a share of x[i] W[o, i], + bias[o] if given.
 
@@ -207,8 +207,7 @@ def multiply(
     COLUMNS: gl.constexpr = 32 // UNITS
     HALF: gl.constexpr = x.dtype.element_ty == gl.float16
     ALL: gl.constexpr = shared_bytes(WARPS, DEPTH, CHUNKS)
-    if OVERLAP:
-        gdc_launch_dependents()
+    gdc_launch_dependents()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     # Large and alive to the end, so it begins where the assembly takes shared memory to begin.
     shared = gl.allocate_shared_memory(gl.int32, [(ALL + 255) // 256 + 1, 64], plain)
@@ -223,8 +222,7 @@ def multiply(
     list_base = base + list_at(WARPS, DEPTH) + warp * (CHUNKS * 128)
     FIRST: gl.constexpr = CHUNKS % BATCH if CHUNKS % BATCH else BATCH
     limits = _limits(threshold, channel, in_features, 0, step, FIRST)
-    if OVERLAP:
-        gdc_wait()
+    gdc_wait()
     count = _enlist(x, limits, channel, list_base, thread * 0, in_features, 0, step, FIRST)
     for first in range(FIRST, CHUNKS, BATCH):
         more = _limits(threshold, channel, in_features, first, step, BATCH)

@@ -16,6 +16,7 @@ EACH = 2  # copies of a group, 16 bytes a lane
 CHANNELS = 65536  # the list has 16 bits for a channel
 LIST_BYTES = 128 * 1024  # of shared memory for the lists of a program
 SUM_COST = 12  # a second kernel for the shares, in units of work
+CAPABILITY = (9, 0)  # of GPUs; others keep to the other kernels
 NARROW = 1.15  # how much slower columns come in pieces of less than 128 bytes
 
 
@@ -39,19 +40,21 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         and out_features % 8 == 0
         and weight.stride(1) % 8 == 0
         and weight.data_ptr() % 16 == 0
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and torch.cuda.get_device_capability(x.device) == CAPABILITY
     )
 
 
 def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute ``[1, out]`` for ``x`` ``[1, in]`` and a weight by columns that ``fits``."""
+    """Compute ``[1, out]`` for ``x`` ``[1, in]`` and a weight by columns that ``fits``.
+
+    The kernel starts while the one before it ends and reads thresholds then. So the kernel that
+    wrote them must have ended when a kernel before this call began.
+    """
     from squeeze.kernels.sparse_gemv import stream
     from squeeze.kernels.sparse_gemv.triton import add_shares
 
     out_features, in_features = weight.shape
     place = torch.cuda.get_device_properties(x.device)
-    overlap = (place.major, place.minor) >= (9, 0)
-    early = {"launch_pdl": True} if overlap else {}
     shape = divide(out_features, in_features, place.multi_processor_count)
     y = x.new_empty(1, out_features)
     split = shape.shares > 1
@@ -60,7 +63,7 @@ def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | Non
     stream.multiply[(blocks, shape.shares)](
         x, weight, threshold, bias, parts, out_features, in_features, weight.stride(1),
         UNITS=shape.units, CHUNKS=shape.chunks, GROUPS=GROUPS, EACH=EACH, WARPS=WARPS,
-        BIASED=bias is not None and not split, OVERLAP=overlap, num_warps=WARPS, **early,
+        BIASED=bias is not None and not split, num_warps=WARPS, launch_pdl=True,
     )  # fmt: skip
     if split:
         add_shares(parts, bias, y)

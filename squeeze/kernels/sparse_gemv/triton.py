@@ -25,7 +25,7 @@ BN = 64  # 128 bytes of a column in bfloat16, read by 8 threads
 PIECES = 2  # such reads of one column by a program
 LANES = 16  # columns that one load instruction of a program reads
 DEPTH = 4  # columns of each lane on their way at a time
-STREAMED = True
+STREAMED = True  # False compares the stream with the kernel below
 PROGRAMS = 660  # five per multiprocessor of a large GPU
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
