@@ -8,8 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 from launched import absent, asked_about
+from ptx import as_bits, as_float, bytes_of, run, signed
 
-from squeeze.kernels.lut_linear import few_rows, gluon_layout
+from squeeze.kernels.bits import pack
+from squeeze.kernels.lut_linear import few_rows, gluon_assembly, gluon_layout
 from squeeze.types import ClusteredWeight
 
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336))
@@ -119,3 +121,80 @@ def test_what_fits():
         for bits in (1, 5, 8):
             assert not few_rows.fits(x, packed(bits))
     assert not few_rows.fits(torch.empty(1, 256, dtype=torch.float16), packed())
+
+
+def word(numbers):
+    """Four bytes as a word, the first lowest."""
+    return sum((int(number) & 255) << 8 * i for i, number in enumerate(numbers))
+
+
+def table(entries, halves):
+    """A row's table as the kernel holds it."""
+    words = [word(entries[i : i + 4]) for i in range(0, len(entries), 4)]
+    if halves == 1:
+        return words
+    first = run(gluon_assembly.BALANCE.value, 2, [words[0], words[2]])
+    second = run(gluon_assembly.BALANCE.value, 2, [words[1], words[3]])
+    return [first[0], second[0], first[1], second[1]]
+
+
+@pytest.mark.parametrize(("bits", "halves"), [(2, 1), (3, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize("c", range(4))
+def test_a_look_up_gives_the_entries_of_eight_values_of_two_rows(bits, halves, c):
+    u = 4
+    codes = torch.randint(0, 2**bits, (2, 32 * u))
+    entries = torch.randint(-127, 128, (2, 2**bits)).tolist()
+    entries[0][0], entries[0][-1] = -127, 127
+    planes = pack(codes, bits).view(2, bits, u).tolist()
+    tables = [table(row, halves) for row in entries]
+    for j in range(u):
+        words = [[planes[row][c % (4 if bits == 4 else 2)][j] & 0xFFFFFFFF] for row in range(2)]
+        if bits == 3:
+            for row in range(2):
+                words[row].append(planes[row][2][j] & 0xFFFFFFFF)
+        assembly = gluon_assembly.lookup(bits, c, halves)
+        found = run(assembly, 4 * halves, [*words[0], *words[1], *tables[0], *tables[1]])
+        for row, n in itertools.product(range(2), range(8)):
+            register, byte = row + n // 4 * 2, n % 4
+            parts = [bytes_of(found[register + 4 * half])[byte] for half in range(halves)]
+            wanted = entries[row][codes[row, (4 * n + c) * u + j]]
+            assert sum(parts) + (halves == 2) == wanted
+
+
+def test_every_pair_of_entries_is_balanced():
+    for low in range(-127, 128):
+        for start in range(-127, 128, 4):
+            highs = [min(start + i, 127) for i in range(4)]
+            a, b = map(
+                bytes_of, run(gluon_assembly.BALANCE.value, 2, [word([low] * 4), word(highs)])
+            )
+            for i, high in enumerate(highs):
+                assert a[i] - (b[i] < 0) == low - 1
+                assert b[i] - (a[i] < 0) == high - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_x_becomes_two_bytes(dtype):
+    x = (torch.randn(16) * torch.logspace(-3, 0, 16)).to(dtype)
+    half = dtype == torch.float16
+    words = (x.view(torch.int32).long() & 0xFFFFFFFF).tolist()
+    (peak,) = run(gluon_assembly.largest(half), 1, words)
+    assert as_float(peak) == x.abs().max()
+    *found, total = run(gluon_assembly.split(half), 9, [*words, as_bits(32512 / as_float(peak))])
+    high, low = torch.tensor([bytes_of(each) for each in found]).view(2, 16).double()
+    whole = high * 256 + low
+    assert signed(total) == whole.sum()
+    # The first numbers of the words, then the second ones.
+    scale = x.abs().max().double() / 32512
+    wanted = torch.cat([x[0::2], x[1::2]]).double()
+    assert ((whole * scale - wanted).abs() <= 0.501 * scale).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_largest_number_is_not_finite_if_one_is_not(bad, dtype):
+    x = torch.randn(16).to(dtype)
+    x[11] = bad
+    words = (x.view(torch.int32).long() & 0xFFFFFFFF).tolist()
+    peak = as_float(run(gluon_assembly.largest(dtype == torch.float16), 1, words)[0])
+    torch.testing.assert_close(peak, abs(bad), equal_nan=True)
