@@ -171,6 +171,27 @@ def test_wide_layers_match_float64_on_the_gpu(rows, bits, group_size, zero):
         assert_close(y, x, weight, bias)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_chain_without_pauses_is_as_one_with_pauses_on_the_gpu(rows, bits):
+    shapes = ((4096, 4096), (14336, 4096), (4096, 14336), (4096, 4096))
+    layers = [packed(*shape, bits, 128, device="cuda")[0] for shape in shapes]
+    first = torch.randn(rows, 4096, dtype=torch.bfloat16, device="cuda")
+
+    def through(between):
+        x = first
+        for weight in layers:
+            x = integer_linear(x, weight, implementation=Implementation.TRITON)
+            between()
+        return x
+
+    expected = through(torch.cuda.synchronize)
+    assert expected.isfinite().all()
+    for _ in range(20):
+        assert torch.equal(through(lambda: None), expected)
+
+
 def test_contradictions_are_refused():
     weight, _ = packed(6, 64, 4)
     with pytest.raises(ValueError, match="x ends in 63 channels, the weight takes 64"):
