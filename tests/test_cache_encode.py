@@ -7,7 +7,9 @@ from squeeze.cache import layer as layers
 from squeeze.cache.blocks import BlockStorage
 from squeeze.cache.layer import PackedLayer
 from squeeze.cache.spec import LayerSpec, Side
+from squeeze.cache.static import StaticPackedLayer
 from squeeze.kernels.kv_encode import api
+from squeeze.kernels.kv_encode import triton as kernels
 from squeeze.quant.kv.affine import Affine
 from squeeze.quant.kv.bitmap import Bitmap
 from squeeze.quant.kv.float8 import Float8
@@ -16,6 +18,7 @@ from squeeze.quant.transforms.center import Center
 from squeeze.quant.transforms.hadamard import Hadamard
 from squeeze.quant.transforms.klt import Klt
 from squeeze.types import Implementation
+from tests.test_cache_exact import Launches
 
 HEADS, SIZE = 2, 16
 CENTER = (Center(), {"center": torch.linspace(-3, 3, HEADS * SIZE).view(HEADS, SIZE)})
@@ -64,11 +67,13 @@ def test_the_kernel_stores_what_the_formats_encode(name, pads, monkeypatch):
 
 
 def test_the_kernel_takes_the_centre_and_writes_the_slots(monkeypatch):
-    calls = []
+    calls, multiplied = [], []
 
-    def spy(format, x, parameters, *, center, out, **options):
+    def spy(format, x, parameters, *, center, matrix, out, **options):
         calls.append((center is not None, out is not None, x.dtype))
-        return api.encode(format, x, parameters, center=center, out=out, **options)
+        multiplied.append(matrix is not None)
+        options |= {"center": center, "matrix": matrix, "out": out}
+        return api.encode(format, x, parameters, **options)
 
     monkeypatch.setattr("squeeze.cache.spec.encode", spy)
     monkeypatch.setattr(layers, "ENCODE_TOKENS", 64)
@@ -78,6 +83,28 @@ def test_the_kernel_takes_the_centre_and_writes_the_slots(monkeypatch):
     calls.clear()
     filled("graded", Implementation.TRITON, 1, [0])
     assert calls[:2] == [(True, False, torch.float32), (False, False, torch.float16)]
+    assert not any(multiplied)
+    calls.clear(), multiplied.clear()
+    filled("rotated", Implementation.TRITON, 1, [0])
+    # The keys' kernel multiplies; values by token are multiplied before it.
+    assert calls[:2] == [(True, False, torch.float16), (False, False, torch.float32)]
+    assert multiplied[:2] == [True, False]
+
+
+def test_a_full_block_takes_five_launches(monkeypatch):
+    sides = PAIRS["rotated"][0], PAIRS["affine"][1]
+    made = StaticPackedLayer(LayerSpec(*sides, 32, 2, 32, Implementation.TRITON), 130)
+    x = torch.randn(1, HEADS, 34, SIZE).half()
+    made.update(x, x)
+    made.commit(x, x)
+    launched = []
+    monkeypatch.setattr(kernels, "_launch", lambda launch, *_: launched.append(launch.constants))
+    with Launches() as launches:
+        made.advance(32)
+    assert [(part["BITS"], part["HEAD"]) for part in launched] == [(4, SIZE), (2, 0)]
+    # Exact keys and values close up together; two counts follow.
+    assert sorted(launches.names) == ["add_", "add_", "copy_"]
+    assert made.blocks == [1]
 
 
 def test_slots_are_views_where_one_segment_holds_them():

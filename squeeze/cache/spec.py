@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from squeeze.kernels.kv_encode.api import encode
-from squeeze.kernels.kv_encode.layout import takes
+from squeeze.kernels.kv_encode.layout import rotates, takes
 from squeeze.types import Implementation, Tensors
 
 
@@ -34,16 +34,27 @@ class Side:
         up to the rounding of what the transforms compute.
         ``salience`` ``[..., 1 or H_kv, L]`` goes to the format beside its parameters.
         """
-        center, transforms = None, self.transforms
+        center, matrix, transforms = None, None, self.transforms
         if implementation is Implementation.TRITON and takes(self.format, *x.shape[-2:]):
             center = self._center
             transforms = transforms if center is None else transforms[1:]
+            names = [transform.info.name for transform, _ in transforms]
+            if names == ["klt"] and rotates(self.format, *x.shape[-2:]):
+                matrix, transforms = transforms[0][1]["forward"].float(), ()
         for transform, parameters in transforms:
             changed = transform.apply(x, parameters)  # at least float32
             x = changed.to(x.dtype) if self.format.info.name == "raw" else changed
         fitted = self.parameters
         fitted = fitted if salience is None else {**fitted, "salience": salience}
-        return encode(self.format, x, fitted, implementation=implementation, center=center, out=out)
+        return encode(
+            self.format,
+            x,
+            fitted,
+            implementation=implementation,
+            center=center,
+            matrix=matrix,
+            out=out,
+        )
 
     @cached_property
     def _center(self) -> Tensor | None:

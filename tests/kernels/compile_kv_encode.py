@@ -23,11 +23,12 @@ POINTERS = {
     "scale": "*fp16",
     "zero": "*fp16",
     "center": "*fp32",
+    "matrix": "*fp32",
 }
 STRIDES = {"x_strides": 4, "code_strides": 3, "constant_strides": 3}
 SLABS = 2048
 # Format, whose last range is compiled, block length, head size, dtype, whether a centre is
-# subtracted; "few" fill one block.
+# subtracted; "few" fill one block, "rotated" are multiplied by a matrix first.
 CASES = {
     "four": (Affine(4, "channel", 64), 128, 128, "bf16", True),
     "few": (Affine(4, "channel", 128), 128, 128, "bf16", False),
@@ -44,18 +45,24 @@ CASES = {
     "graded": (Graded((4, 0)), 128, 128, "fp32", False),
     "graded_one": (Graded((1,)), 128, 128, "bf16", False),
     "graded_two": (Graded((4, 2)), 128, 128, "fp32", True),
+    "few_rotated": (Graded((4, 0)), 128, 128, "bf16", True),
+    "rotated": (Graded((4, 0)), 128, 128, "bf16", True),
+    "rotated_wide": (Affine(4, "channel", 128), 128, 128, "fp32", True),
+    "rotated_one": (Graded((1,)), 128, 128, "bf16", True),
+    "rotated_two": (Graded((4, 2)), 128, 128, "bf16", True),
+    "rotated_three": (Affine(3, "channel", 256), 256, 128, "fp16", False),
     "float8": (Float8("token"), 128, 128, "bf16", False),
     "float8_head": (Float8("head"), 128, 256, "bf16", True),
 }
 
 
-def compile_case(case, capability, slabs=SLABS):
+def compile_case(case, capability, slabs=SLABS, rotated=False):
     """Compile one kernel as it is launched."""
     item, length, size, dtype, centered = case
     if isinstance(item, Float8):
         launch = describe_float8(item, slabs, length, size, centered)
     else:
-        launch = describe(ranges(item, size)[-1], slabs, length, size, centered)
+        launch = describe(ranges(item, size)[-1], slabs, length, size, centered, rotated)
     names = launch.kernel.arg_names
     signature = {name: text.format(dtype) for name, text in POINTERS.items()}
     signature |= {name: ("i32",) * count for name, count in STRIDES.items()}
@@ -79,6 +86,7 @@ def compile_case(case, capability, slabs=SLABS):
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         name, capability = argument.split(":")
-        compiled = compile_case(CASES[name], int(capability), 8 if "few" in name else SLABS)
+        slabs = 8 if "few" in name else SLABS
+        compiled = compile_case(CASES[name], int(capability), slabs, "rotated" in name)
         result = {"case": argument, "shared": compiled.metadata.shared}
         print(json.dumps(result | inspect(compiled.asm["cubin"])), flush=True)

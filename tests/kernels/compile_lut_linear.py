@@ -4,25 +4,39 @@ Run by a test in a process of its own, because the interpreter and the compiler 
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
 
+import torch
 import triton
 import triton.language as tl
+from launched import absent, launches, run_tool, usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from squeeze.kernels.lut_linear import triton as kernel
+from squeeze.types import ClusteredWeight
 
-TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 POINTERS = dict.fromkeys(("x", "y", "bias", "dense"), "*bf16") | {
     "indices": "*i32",
     "scale": "*fp16",
 }
 SIZES = ("out_features", "in_features", "x_stride", "m_total")
+# Bits, entries, rows of x and shape of the weight.
+FEW = (
+    (2, "int8", 1, (4096, 14336)),
+    (3, "int8", 1, (14336, 4096)),
+    (4, "int8", 1, (4096, 4096)),
+    (2, "int8", 4, (333, 1000)),
+    (3, "int8", 4, (4096, 4096)),
+    (4, "int8", 4, (14336, 4096)),
+    (2, "int8", 16, (14336, 4096)),
+    (3, "int8", 16, (333, 1000)),
+    (4, "int8", 16, (4096, 14336)),
+    (4, "float16", 1, (333, 1000)),
+    (4, "float16", 4, (4096, 4096)),
+    (4, "float16", 16, (14336, 4096)),
+)
 
 
 def build(name, capability, *, bits, codebook="*i8", registers=True, **constants):
@@ -42,21 +56,42 @@ def build(name, capability, *, bits, codebook="*i8", registers=True, **constants
     return triton.compile(source, target=target, options={"num_warps": 4})
 
 
-def usage(compiled):
-    """Registers and bytes of stack (spills) per thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [os.path.join(TOOLS, "cuobjdump"), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def weight(bits, entries, shape):
+    """A packed weight without memory, a codebook per row."""
+    rows, columns = shape
+    codebook = absent(rows, 1, 2**bits, dtype=getattr(torch, entries))
+    scale = absent(rows, dtype=torch.float16) if entries == "int8" else None
+    indices = absent(rows, -(-columns // 32) * bits, dtype=torch.int32)
+    return ClusteredWeight(indices, codebook, scale, bits, shape, 1, columns)
+
+
+def few_rows(case):
+    """What the launcher starts for few rows of x: bfloat16 and a bias, or float16 and none."""
+    bits, entries, rows, shape = case
+    dtype = torch.float16 if bits == 3 else torch.bfloat16
+    bias = None if bits == 3 else absent(shape[0], dtype=dtype)
+    with launches(90) as made:
+        kernel.lut_linear(absent(rows, shape[1], dtype=dtype), weight(bits, entries, shape), bias)
+    for name, compiled in made:
+        facts = {"kernel": name, "case": case, **usage(compiled)}
+        facts["warps"] = compiled.metadata.num_warps
+        if name == "multiply":
+            facts |= instructions(run_tool(compiled, "nvdisasm", "-c"))
+        yield facts
+
+
+def instructions(code):
+    """Copies of weights before the wait for the kernel before, and products of bytes after it."""
+    before, after = code.split("ACQBULK", 1)
     return {
-        "registers": int(re.search(r"REG:(\d+)", text)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", text)[1]),
+        "early": len(re.findall(r"LDGSTS\S*128", before)),
+        "products": len(re.findall(r"IMMA\.16832\.S8\.S8", after)),
+        "early_products": before.count("IMMA"),
     }
 
 
 def main():
-    """Compile what the launchers choose for a 4096-wide layer, for each capability given."""
+    """Compile what the launchers choose, for each capability given."""
     wide = {"BN": 64, "BJ": 32}
     every = [("vector", {"bits": 4}), ("matrix", {"bits": 4, **wide}), ("dense", {"bits": 3})]
     more = [
@@ -73,6 +108,8 @@ def main():
             facts["packed"] = options.get("registers", True)
             facts["lookups"] = compiled.asm["ptx"].count("0x4B000000")
             rows.append(facts)
+    if "90" in sys.argv[1:]:
+        rows += [facts for case in FEW for facts in few_rows(case)]
     print(json.dumps(rows))
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -41,6 +42,29 @@ class Absent:
         return 0
 
 
+class OnGpu(torch.Tensor):
+    """A tensor without memory that says it is on a GPU, for launchers that ask."""
+
+    is_cuda = property(lambda self: True)
+
+
+def absent(*shape, dtype):
+    """A tensor without memory that says it is on a GPU."""
+    return torch.empty(*shape, dtype=dtype, device="meta").as_subclass(OnGpu)
+
+
+@contextlib.contextmanager
+def asked_about(capability):
+    """Have PyTorch describe a GPU of 132 multiprocessors and a compute capability."""
+    major, minor = divmod(capability, 10)
+    facts = SimpleNamespace(major=major, minor=minor, multi_processor_count=132)
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(major, minor)),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=facts),
+    ):
+        yield
+
+
 @contextlib.contextmanager
 def launches(capability):
     """Compile instead of launching; yields the list to which ``(name, compiled)`` are appended."""
@@ -53,10 +77,7 @@ def launches(capability):
         return compiled
 
     driver.set_active(Absent(capability))
-    asked = mock.patch.object(
-        torch.cuda, "get_device_capability", return_value=divmod(capability, 10)
-    )
-    with asked, mock.patch.object(JITFunction, "run", run):
+    with asked_about(capability), mock.patch.object(JITFunction, "run", run):
         yield made
 
 

@@ -17,6 +17,10 @@ from squeeze.kernels.integer_linear.api import integer_linear, reconstruct, sign
 from squeeze.types import Implementation, IntegerWeight
 
 pytest.importorskip("triton")
+from launched import absent, asked_about
+
+from squeeze.kernels.integer_linear import streamed
+
 needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the interpreter"
 )
@@ -167,6 +171,27 @@ def test_wide_layers_match_float64_on_the_gpu(rows, bits, group_size, zero):
         assert_close(y, x, weight, bias)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_chain_without_pauses_is_as_one_with_pauses_on_the_gpu(rows, bits):
+    shapes = ((4096, 4096), (14336, 4096), (4096, 14336), (4096, 4096))
+    layers = [packed(*shape, bits, 128, device="cuda")[0] for shape in shapes]
+    first = torch.randn(rows, 4096, dtype=torch.bfloat16, device="cuda")
+
+    def through(between):
+        x = first
+        for weight in layers:
+            x = integer_linear(x, weight, implementation=Implementation.TRITON)
+            between()
+        return x
+
+    expected = through(torch.cuda.synchronize)
+    assert expected.isfinite().all()
+    for _ in range(20):
+        assert torch.equal(through(lambda: None), expected)
+
+
 def test_contradictions_are_refused():
     weight, _ = packed(6, 64, 4)
     with pytest.raises(ValueError, match="x ends in 63 channels, the weight takes 64"):
@@ -179,7 +204,7 @@ def test_contradictions_are_refused():
         integer_linear(torch.ones(2, 64).double(), weight, implementation=Implementation.TRITON)
 
 
-def test_every_kernel_the_launcher_chooses_compiles_without_spills():
+def test_every_kernel_the_launcher_chooses_compiles_into_registers():
     script = Path(__file__).with_name("compile_integer_linear.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(script.parents[2])
@@ -191,6 +216,63 @@ def test_every_kernel_the_launcher_chooses_compiles_without_spills():
         "_vector_kernel",
         "_matrix_kernel",
         "_dense_kernel",
+        "multiply",
+        "_add_up",
     }
     for facts in every:
-        assert facts["stack"] == 0, facts
+        if facts["kernel"] == "multiply":
+            assert_streams(facts)
+        else:
+            assert facts["stack"] == 0, facts
+
+
+def assert_streams(facts):
+    """One program fits, and codes are on their way before the wait for x."""
+    rows, bits, _, _, group_size, (out_features, in_features) = facts["case"]
+    # Sixteen rows and groups of half a chunk: a few addresses do not fit in 128 registers.
+    assert facts["stack"] <= (32 if rows == 16 and group_size == 64 else 0), facts
+    assert facts["registers"] * 32 * streamed.WARPS <= 65536, facts
+    assert facts["shared"] <= 227 * 1024, facts
+    shape = streamed.divide(rows, out_features, in_features, group_size // 32, bits, 132)
+    planes = bits // 4
+    assert facts["early"] == 2 * planes * shape.depth, facts
+    # A chunk and 8 columns of x: two products for each of 4 words of each plane, and of x's sum.
+    subs, tiles = 1 + (group_size == 64), -(-shape.x_rows // 8)
+    each = 8 * (planes + 1) * subs * tiles
+    chunks = shape.own * -(-shape.chunks // streamed.WARPS)  # of a warp; a loop takes DEPTH at once
+    assert facts["products"] == each * min(chunks, shape.depth), facts
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize(
+    ("shape", "group_size"),
+    [((4096, 4096), 128), ((14336, 4096), 64), ((4096, 14336), 128), ((17, 128), 64),
+     ((128256, 4096), 128), ((64, 131072), 1024)],
+)  # fmt: skip
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_division_covers_the_weight(rows, shape, group_size, bits):
+    out_features, in_features = shape
+    found = streamed.divide(rows, out_features, in_features, group_size // 32, bits, 132)
+    chunks, tiles = -(-in_features // 128), -(-out_features // 16)
+    assert found.slices * found.chunks >= chunks > (found.slices - 1) * found.chunks
+    assert found.programs * found.own >= tiles > (found.programs - 1) * found.own
+    assert rows <= found.x_rows < 2 * rows
+
+
+def test_only_gpus_with_the_measured_capability_stream():
+    x = absent(3, 256, dtype=torch.bfloat16)
+    weight = IntegerWeight(
+        absent(8, 32, dtype=torch.int32), absent(8, 2, dtype=torch.float16), None, None,
+        4, 128, (8, 256),
+    )  # fmt: skip
+    for capability in (80, 86, 90, 100, 120):
+        with asked_about(capability):
+            assert streamed.fits(x, weight) == (capability == 90)
+    with asked_about(90):
+        assert streamed.fits(absent(16, 256, dtype=torch.float16), weight)
+        assert not streamed.fits(absent(17, 256, dtype=torch.float16), weight)
+        assert not streamed.fits(x.float(), weight)
+        assert not streamed.fits(x, replace(weight, bits=3))
+        assert not streamed.fits(x, replace(weight, group_size=32))
+        assert not streamed.fits(x, replace(weight, group_size=96))
+    assert not streamed.fits(torch.empty(3, 256, dtype=torch.bfloat16), weight)

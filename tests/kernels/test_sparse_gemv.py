@@ -14,6 +14,10 @@ from squeeze.kernels.sparse_gemv.api import by_columns, sparse_gemv, thresholded
 from squeeze.types import Implementation
 
 pytest.importorskip("triton")
+from launched import absent, asked_about
+
+from squeeze.kernels.sparse_gemv import streamed
+
 needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the interpreter"
 )
@@ -109,11 +113,52 @@ def test_compiled_kernels_keep_everything_in_registers():
     command = [sys.executable, str(script), "90"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    for facts in map(json.loads, done.stdout.splitlines()):
+    every = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {facts["kernel"] for facts in every} == {"_gemv_kernel", "_sum_kernel", "multiply"}
+    for facts in every:
         assert facts["stack"] == 0, facts
+        if facts["kernel"] == "multiply":
+            assert_streams(facts)
+            continue
         assert facts["registers"] <= 128, facts  # four programs per multiprocessor
         if "ahead" in facts:  # DEPTH columns of two pieces
             assert facts["ahead"] == (8 if facts["case"][0] <= 2 else 4), facts
+
+
+def assert_streams(facts):
+    """A program fits, and reads no column before it knows the live ones."""
+    _, outputs, inputs, _ = facts["case"]
+    assert facts["registers"] <= 128, facts  # of 512 threads
+    assert facts["shared"] <= 227 * 1024, facts
+    assert facts["early_copies"] == 0, facts
+    # The first copies of a lane, and the loop's.
+    assert facts["copies"] == 2 * streamed.GROUPS * streamed.EACH, facts
+    chunks = streamed.divide(outputs, inputs, 132).chunks
+    batches = chunks % 8 or 8, 8 if chunks > 8 else 0  # before the loop, in its body
+    assert facts["votes"] == sum(batches), facts
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 1), (1000, 777), (4096, 4096), (14336, 4096), (4096, 14336), (64, 65536)]
+)
+def test_a_division_covers_the_weight(shape):
+    out_features, in_features = shape
+    found = streamed.divide(out_features, in_features, 132)
+    assert 1 <= found.units <= 32
+    assert found.shares * found.chunks * 32 * streamed.WARPS >= in_features
+    assert found.chunks * streamed.WARPS * 128 <= streamed.LIST_BYTES
+
+
+def test_only_one_row_on_gpus_with_the_measured_capability_streams():
+    x, weight = absent(1, 64, dtype=torch.float16), absent(64, 48, dtype=torch.float16).t()
+    for capability in (80, 86, 90, 100, 120):
+        with asked_about(capability):
+            assert streamed.fits(x, weight) == (capability == 90)
+    with asked_about(90):
+        assert not streamed.fits(absent(2, 64, dtype=torch.float16), weight)
+        assert not streamed.fits(x.float(), weight)
+        assert not streamed.fits(x, absent(64, 44, dtype=torch.float16).t())
+    assert not streamed.fits(torch.empty(1, 64, dtype=torch.float16), weight)
 
 
 def test_triton_needs_a_gpu(monkeypatch):

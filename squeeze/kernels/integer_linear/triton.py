@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from squeeze.kernels.integer_linear import streamed
 from squeeze.types import IntegerWeight
 
 VECTOR_ROWS = 1  # every row of x costs one multiply-add per weight
@@ -276,15 +277,17 @@ def _dense_kernel(
 def integer_linear(x: Tensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
     """Compute ``x @ W.T + bias`` by the kernel that suits the number of rows of ``x``.
 
-    One row: multiply-add in float32; up to 16: matrix product on tiles decoded in registers.
-    Above: this layer's weight is decoded to a scratch in the dtype of ``x``, the library
-    multiplies, and the scratch is freed.
+    Few rows that fit: ``streamed``. Otherwise one row: multiply-add in float32; up to 16: matrix
+    product on tiles decoded in registers. Above: this layer's weight is decoded to a scratch in the
+    dtype of ``x``, the library multiplies, and the scratch is freed.
     """
     out_features, in_features = weight.shape
     flat = x.reshape(-1, in_features)
     flat = flat if flat.stride(-1) == 1 or not flat.numel() else flat.contiguous()
     if len(flat) == 0:
         y = flat.new_empty(0, out_features)
+    elif streamed.fits(flat, weight):
+        y = streamed.integer_linear(flat, weight, bias)
     elif len(flat) <= VECTOR_ROWS:
         y = _vector(flat, weight, bias)
     elif len(flat) <= DENSE_ROWS:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from squeeze.errors import DeviceError
-from squeeze.kernels.kv_encode.layout import takes
+from squeeze.kernels.kv_encode.layout import rotates, takes
 from squeeze.types import Implementation, Tensors
 
 PLACE = "kernels.kv_encode"
@@ -29,12 +29,14 @@ def encode(
     *,
     implementation: Implementation,
     center: Tensor | None = None,
+    matrix: Tensor | None = None,
     out: Tensors | None = None,
 ) -> Tensors:
     """Encode whole blocks, as ``format.encode(x, parameters)`` does.
 
     The kernel's codes and constants equal the reference's, the sign of a zero constant and the bits
-    of a NaN aside.
+    of a NaN aside. With a ``matrix`` they are those of a float32 product, whose rounding depends on
+    the order of its sums: the kernel's is the channels', whatever else is encoded with a block.
 
     Args:
         format: A ``types.KVFormat``.
@@ -43,6 +45,8 @@ def encode(
         implementation: ``reference``, or ``triton``: the kernel where ``layout.takes`` the blocks,
             and the format's torch code elsewhere. ``auto`` must have been resolved.
         center: float32 ``[H_kv, D]``, subtracted from ``x`` in float32 first; or ``None``.
+        matrix: float32 ``[H_kv, D, D]``: a head's rows are multiplied by it before all else. A
+            kernel does so where ``layout.rotates`` the blocks, and torch elsewhere; or ``None``.
         out: Where the components go, ``[N, B, H_kv, ...]``: slots of a segment, say. Each head's
             part must be contiguous. Default: new tensors.
     Returns:
@@ -54,12 +58,16 @@ def encode(
     """
     if implementation is Implementation.TRITON:
         require_triton(x.device)
+        if matrix is not None and not rotates(format, *x.shape[-2:]):
+            x, matrix = x.float() @ matrix, None
         if takes(format, *x.shape[-2:]):
             from squeeze.kernels.kv_encode import triton
 
-            return triton.encode(format, x, center, out)
+            return triton.encode(format, x, center, matrix, out)
     elif implementation is not Implementation.REFERENCE:
         raise ValueError("implementation is auto; it is resolved while planning")
+    if matrix is not None:
+        x = x.float() @ matrix
     if center is not None:
         x = x.float() - center.unsqueeze(-2)
     encoded: Tensors = format.encode(x, parameters)

@@ -9,6 +9,8 @@ import torch
 UNIFORM = ("affine", "graded")
 WIDTHS = (1, 2, 3, 4, 8)
 HEAD_TOKENS = 128  # under one scale of float8, granularity head
+# A kernel that rotates takes so many channels at a time, and at least so many columns.
+DEPTH, LEAST_COLUMNS = 16, 8
 
 Shapes = dict[str, tuple[tuple[int, int], torch.dtype]]
 
@@ -74,6 +76,22 @@ def takes(format: Any, length: int, size: int) -> bool:
     if format.info.name not in UNIFORM:
         return False
     return all(_fits(part, length) for part in ranges(format, size))
+
+
+def rotates(format: Any, length: int, size: int) -> bool:
+    """Say whether a kernel also multiplies the blocks that it takes by a matrix of their head.
+
+    It does where groups are tokens of a channel, so that a program needs few columns.
+    """
+    if format.info.name not in UNIFORM or size % DEPTH or not takes(format, length, size):
+        return False
+    parts = ranges(format, size)
+    return all(part.channel and columns(part) >= LEAST_COLUMNS for part in parts)
+
+
+def columns(part: Range) -> int:
+    """Count the columns that a program can have at most: a power of two that divides the range."""
+    return part.size & -part.size
 
 
 def fields(bits: int) -> int:

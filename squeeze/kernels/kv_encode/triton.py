@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squeeze.kernels.kv_encode import layout
+from squeeze.kernels.kv_encode import layout, rotation
 from squeeze.kernels.kv_encode.layout import HEAD_TOKENS, Range, fields
+from squeeze.kernels.kv_encode.rotation import rotated
 from squeeze.types import Tensors
 
 # Values that a program encodes, and its warps: few, so that most of a reduction is in registers.
@@ -163,6 +164,7 @@ def _affine(
     scale,
     zero,
     center,
+    matrix,
     x_strides,
     code_strides,
     constant_strides,
@@ -182,6 +184,9 @@ def _affine(
     GRADED: tl.constexpr,
     CONSTANTS: tl.constexpr,
     CENTERS: tl.constexpr,
+    HEAD: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Encode ITEMS groups of every field of one head's block, in a range of D channels.
 
@@ -190,8 +195,10 @@ def _affine(
     group of the rectangle: MEMBERS tokens of a channel, tile ``[MEMBERS, ITEMS]``, or GROUP
     channels of a token padded to MEMBERS, tile ``[ITEMS, MEMBERS]``. COUNT items make up a range;
     SPAN ranges share a channel's group when it is longer than ROWS. A row of scales is CONSTANTS
-    long, one of centres CENTERS, or 0 without any. All arithmetic is float32 without contraction,
-    but the sums of 1 bit; the quotient is correctly rounded.
+    long, one of centres CENTERS, or 0 without any. Where HEAD is not 0, ``x`` has HEAD channels,
+    and encoded are D columns of its product with the head's ``matrix``, of which ITEMS is a
+    divisor; else DEPTH and STAGES are unused. All arithmetic is float32 without contraction, but
+    the product's and the sums of 1 bit; the quotient is correctly rounded.
     """
     TILES: tl.constexpr = (COUNT + ITEMS - 1) // ITEMS
     AXIS: tl.constexpr = 0 if CHANNEL else 1
@@ -209,9 +216,27 @@ def _affine(
         channel = (item % (D // GROUP) * GROUP)[:, None] + member[None, :]
         inside = (member < GROUP)[None, :]
         mask = (item < COUNT)[:, None] & inside
-    source = _matrix(x, slab, batch, kv_heads, x_strides) + channel
+    head = slab % kv_heads
     if CENTERS:
-        shift = tl.load(center + slab % kv_heads * CENTERS + channel, mask=mask, other=0.0)
+        shift = tl.load(center + head * CENTERS + channel, mask=mask, other=0.0)
+    source = _matrix(x, slab, batch, kv_heads, x_strides)
+    if HEAD:
+        first = program % TILES * ITEMS // D * MEMBERS + member[:, None]
+        products = rotated(
+            source,
+            matrix + head * HEAD * HEAD,
+            first,
+            channel,
+            x_strides[3],
+            FIELDS,
+            ROWS,
+            MEMBERS,
+            ITEMS,
+            HEAD,
+            DEPTH,
+            STAGES,
+        )
+    source += channel
     constant = item // D * CONSTANTS + item % D if CHANNEL else item
     scale = _matrix(scale, slab, batch, kv_heads, constant_strides) + constant
     zero = _matrix(zero, slab, batch, kv_heads, constant_strides) + constant
@@ -221,8 +246,11 @@ def _affine(
     for group in tl.static_range(FIELDS // SPAN):
         tiles = ()
         for part in tl.static_range(SPAN):
-            tokens = (token + (group * SPAN + part) * ROWS).to(tl.int64)
-            tile = tl.load(source + tokens * x_strides[3], mask=mask, other=0.0).to(tl.float32)
+            if HEAD:
+                tile = products[group * SPAN + part]
+            else:
+                tokens = (token + (group * SPAN + part) * ROWS).to(tl.int64)
+                tile = tl.load(source + tokens * x_strides[3], mask=mask, other=0.0).to(tl.float32)
             if CENTERS:
                 tile -= shift
             tile = tl.clamp(tile, -HALF_MAX, HALF_MAX, propagate_nan=tl.PropagateNan.ALL)
@@ -317,7 +345,9 @@ def _float8(
         tl.store(target + token, power, mask=token < LENGTH)
 
 
-def encode(format: Any, x: Tensor, center: Tensor | None, out: Tensors | None) -> Tensors:
+def encode(
+    format: Any, x: Tensor, center: Tensor | None, matrix: Tensor | None, out: Tensors | None
+) -> Tensors:
     """Encode blocks; arguments as in ``api.encode``, for a format and blocks that it takes.
 
     Raises:
@@ -330,22 +360,27 @@ def encode(format: Any, x: Tensor, center: Tensor | None, out: Tensors | None) -
             name: x.new_empty(blocks, batch, heads, *shape, dtype=dtype)
             for name, (shape, dtype) in shapes.items()
         }
-    _check(format, x, center, out, shapes)
+    _check(format, x, center, matrix, out, shapes)
     slabs = blocks * batch * heads
     if not slabs:
         return out
     if format.info.name == "float8":
-        _launch(describe_float8(format, slabs, length, size, center is not None), x, center, out)
+        launch = describe_float8(format, slabs, length, size, center is not None)
+        _launch(launch, x, center, None, out)
         return out
     for part in layout.ranges(format, size):
-        launch = describe(part, slabs, length, size, center is not None)
+        launch = describe(part, slabs, length, size, center is not None, matrix is not None)
         channels = slice(part.first, part.first + part.size)
         shift = None if center is None else center[:, channels]
-        _launch(launch, x[..., channels], shift, _components(part, length, out))
+        source = x[..., channels] if matrix is None else x
+        factors = None if matrix is None else matrix[..., channels]
+        _launch(launch, source, shift, factors, _components(part, length, out))
     return out
 
 
-def describe(part: Range, slabs: int, length: int, head_dim: int, centered: bool) -> Launch:
+def describe(
+    part: Range, slabs: int, length: int, head_dim: int, centered: bool, multiplied: bool = False
+) -> Launch:
     """Choose tile sizes for a range of channels and name the compile-time arguments.
 
     Args:
@@ -354,6 +389,7 @@ def describe(part: Range, slabs: int, length: int, head_dim: int, centered: bool
         length: Tokens of a block.
         head_dim: Channels of a head.
         centered: Whether a centre is subtracted.
+        multiplied: Whether the head's matrix comes first.
     """
     rows = length // fields(part.bits)
     members = min(part.group, rows) if part.channel else triton.next_power_of_2(part.group)
@@ -367,8 +403,13 @@ def describe(part: Range, slabs: int, length: int, head_dim: int, centered: bool
     constants |= {"FIELDS": fields(part.bits), "SPAN": span, "ROWS": rows, "GROUP": part.group}
     constants |= {"MEMBERS": members, "D": part.size, "COUNT": count, "ITEMS": items}
     constants |= {"GRADED": part.graded, "CONSTANTS": part.row}
-    constants |= {"CENTERS": head_dim if centered else 0}
-    return Launch(_affine, triton.cdiv(count, items), constants, WARPS)
+    constants |= {"CENTERS": head_dim if centered else 0, "HEAD": 0, "DEPTH": 0, "STAGES": 0}
+    warps = WARPS
+    if multiplied:
+        product = rotation.describe(part, slabs, length, head_dim, count)
+        items, warps = product.items, product.warps
+        constants |= product.constants | {"ITEMS": items}
+    return Launch(_affine, triton.cdiv(count, items), constants, warps)
 
 
 def describe_float8(format: Any, slabs: int, length: int, head_dim: int, centered: bool) -> Launch:
@@ -399,17 +440,20 @@ def _components(part: Range, length: int, out: Tensors) -> Tensors:
     return {"codes": codes} | {name: out[name][..., constants] for name in ("scale", "zero")}
 
 
-def _launch(launch: Launch, x: Tensor, center: Tensor | None, out: Tensors) -> None:
+def _launch(
+    launch: Launch, x: Tensor, center: Tensor | None, matrix: Tensor | None, out: Tensors
+) -> None:
     """Run a kernel over all slabs."""
     blocks, batch, heads = x.shape[:3]
     # Arguments that an option leaves unused point at something that exists.
-    tables = [out["codes"], out["scale"]]
+    unused = out["scale"]
+    tables = [out["codes"], out["scale"], unused if center is None else center]
     if launch.kernel is _affine:
-        tables.append(out.get("zero", out["scale"]))
+        tables.insert(2, out.get("zero", unused))
+        tables.append(unused if matrix is None else matrix)
     launch.kernel[(blocks * batch * heads * launch.tiles,)](
         x,
         *tables,
-        out["scale"] if center is None else center,
         x.stride()[:4],
         out["codes"].stride()[:3],
         out["scale"].stride()[:3],
@@ -422,7 +466,12 @@ def _launch(launch: Launch, x: Tensor, center: Tensor | None, out: Tensors) -> N
 
 
 def _check(
-    format: Any, x: Tensor, center: Tensor | None, out: Tensors, shapes: layout.Shapes
+    format: Any,
+    x: Tensor,
+    center: Tensor | None,
+    matrix: Tensor | None,
+    out: Tensors,
+    shapes: layout.Shapes,
 ) -> None:
     """Raise ValueError for what the kernel would misread."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -442,7 +491,11 @@ def _check(
             raise ValueError(f"out {name} must be contiguous within a head")
         if name == "zero" and part.stride() != out["scale"].stride():
             raise ValueError("out zero must have the strides of scale")
-    if center is not None and (
-        center.shape != (heads, size) or center.dtype != torch.float32 or not center.is_contiguous()
+    for name, table, shape in (
+        ("center", center, (heads, size)),
+        ("matrix", matrix, (heads, size, size)),
     ):
-        raise ValueError(f"center must be contiguous float32 {(heads, size)}")
+        if table is not None and (
+            table.shape != shape or table.dtype != torch.float32 or not table.is_contiguous()
+        ):
+            raise ValueError(f"{name} must be contiguous float32 {shape}")

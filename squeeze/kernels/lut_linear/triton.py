@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from squeeze.kernels.lut_linear import few_rows
 from squeeze.types import ClusteredWeight
 
 VECTOR_ROWS = 4  # up to here every row of x costs one multiply-add per weight
@@ -277,7 +278,8 @@ def _dense_kernel(
 def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tensor:
     """Compute ``x @ W.T + bias`` by the kernel that suits the number of rows of ``x``.
 
-    Up to 4 rows: multiply-add in float32. Up to 256: matrix product on tiles decoded in registers.
+    Few rows that fit: ``few_rows``. Otherwise up to 4: multiply-add in float32; up to 256:
+    matrix product on tiles decoded in registers.
     Above: this layer's weight is decoded to a scratch in the dtype of ``x``, the library
     multiplies, and the scratch is freed.
     """
@@ -286,6 +288,8 @@ def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tenso
     flat = flat if flat.stride(-1) == 1 or not flat.numel() else flat.contiguous()
     if len(flat) == 0:
         y = flat.new_empty(0, out_features)
+    elif few_rows.fits(flat, weight):
+        y = few_rows.lut_linear(flat, weight, bias)
     elif len(flat) <= VECTOR_ROWS:
         y = _vector(flat, weight, bias)
     elif len(flat) <= DENSE_ROWS:

@@ -18,11 +18,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from squeeze.kernels.sparse_gemv import streamed
+
 MAX_ROWS = 4  # more rows keep more columns alive than skipping could save
 BN = 64  # 128 bytes of a column in bfloat16, read by 8 threads
 PIECES = 2  # such reads of one column by a program
 LANES = 16  # columns that one load instruction of a program reads
 DEPTH = 4  # columns of each lane on their way at a time
+STREAMED = True  # False compares the stream with the kernel below
 PROGRAMS = 660  # five per multiprocessor of a large GPU
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
@@ -178,6 +181,9 @@ def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | Non
     rows = flat.shape[0]
     y = x.new_empty(rows, out_features)
     if not y.numel():
+        return y.view(*x.shape[:-1], out_features)
+    if STREAMED and streamed.fits(flat, weight):
+        y = streamed.sparse_gemv(flat, weight, threshold, bias)
         return y.view(*x.shape[:-1], out_features)
     depth = DEPTH if rows <= 2 else DEPTH // 2  # more would take the registers of other programs
     channels = channels_per_program(out_features, in_features, LANES * depth)
