@@ -1,14 +1,16 @@
-"""Prefill attention on one GPU: dense baselines, ours dense, random blocks, `vertical_slash`.
+"""Prefill attention on one GPU: dense baselines, ours dense, random lists, `vertical_slash`.
 
 32 query heads and 8 key/value heads of 128, bfloat16, causal, one row. ``tflops`` counts only the
 pairs computed (density times the causal half, two products of 2 * D each); the time of
-`vertical_slash` includes estimating and building its index.
+`vertical_slash` includes estimating and building its index, that of eight bits rounding.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from squeeze.kernels.block_sparse_attention.api import block_sparse_attention
+from squeeze.kernels.block_sparse_attention.sage import Quantize
 from squeeze.sparsify.index import compact, density
 from squeeze.sparsify.prefill.vertical_slash import VerticalSlash
 from squeeze.types import BlockIndex, Implementation
 
 OP = "block_sparse_attention"
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-DENSE, SPARSE = (8192, 32768), (32768, 131072)
+DENSE, SPARSE = (8192, 32768, 131072), (32768, 131072)
 REPEATS = 9
 SCALING = HEAD_DIM**-0.5
 KEPT = 0.1
@@ -65,26 +68,34 @@ def _cases(
 
         return call
 
-    def ours(index: BlockIndex | None) -> tuple[Tensor, Tensor]:
+    def ours(index: BlockIndex | None, to: Quantize | None = None) -> tuple[Tensor, Tensor]:
         return block_sparse_attention(
-            query, keys, values, index, scaling=SCALING, implementation=Implementation.TRITON
-        )
+            query, keys, values, index, scaling=SCALING, quantize=to,
+            implementation=Implementation.TRITON,
+        )  # fmt: skip
 
     yield "sdpa cudnn", sdpa(SDPBackend.CUDNN_ATTENTION), 1.0, True
     if length in DENSE:
         yield "sdpa flash", sdpa(SDPBackend.FLASH_ATTENTION), 1.0, True
         yield "triton dense", lambda: ours(None), 1.0, False
+        yield "triton dense int8", lambda: ours(None, "int8"), 1.0, False
+        yield "triton dense float8", lambda: ours(None, "float8"), 1.0, False
     if length in SPARSE:
         policy, tokens = VerticalSlash(), torch.tensor([length])
-        listed = policy.index(query, keys, None, SCALING)
+        listed = policy.index(query, keys, None, SCALING, None, Implementation.TRITON)
         share = density(listed, tokens).mean().item()
-        make = lambda: policy.index(query, keys, None, SCALING)  # noqa: E731
+        make = lambda: policy.index(query, keys, None, SCALING, None, Implementation.TRITON)  # noqa: E731
         yield "vertical_slash index", make, 0.0, False
         yield "triton vertical_slash", lambda: ours(listed), share, False
         yield "vertical_slash index + triton", lambda: ours(make()), share, False
         blocks = random_blocks(length, 128, device, generator)
         kept = density(blocks, tokens).mean().item()
         yield "triton random 128-blocks", lambda: ours(blocks), kept, False
+        yield "triton random 128-blocks int8", lambda: ours(blocks, "int8"), kept, False
+        for size in (64, 128):
+            both = with_columns(length, size, device, generator)
+            read = density(both, tokens).mean().item()
+            yield f"triton random {size}-blocks, columns", partial(ours, both), read, False
 
 
 def random_blocks(
@@ -97,6 +108,29 @@ def random_blocks(
     keep = (keep & (ids <= ids[:, None])) | (ids == ids[:, None]) | (ids == 0)
     most = int(keep.flatten(-2).sum(-1).max())
     return BlockIndex(size, *compact(ids, keep, most))
+
+
+def with_columns(
+    length: int, size: int, device: torch.device, generator: torch.Generator
+) -> BlockIndex:
+    """List blocks as ``random_blocks`` does and, outside them, about 1 column in 80."""
+    index = random_blocks(length, size, device, generator)
+    N = length // size
+    blocks = torch.arange(N, device=device)
+    counts, ids = [], []
+    for h in range(HEADS):
+        listed = torch.zeros(N, N, dtype=torch.bool, device=device)
+        begins, kept = index.block_offsets[0, h].long(), index.block_ids[0, h].long()
+        rows = blocks.repeat_interleave(begins.diff())
+        listed[rows, kept[: len(rows)]] = True
+        free = (~listed & (blocks < blocks[:, None])).repeat_interleave(size, 1)  # [N, T]
+        free &= torch.rand(free.shape, device=device, generator=generator) < KEPT / 8
+        counts.append(free.sum(-1))
+        ids.append(free.nonzero()[:, 1].int())
+    offsets = torch.stack(counts).cumsum(-1)
+    offsets = torch.cat((torch.zeros_like(offsets[:, :1]), offsets), -1).int()
+    columns = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    return replace(index, column_offsets=offsets[None], column_ids=columns[None])
 
 
 def _row(

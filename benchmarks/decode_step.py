@@ -4,30 +4,33 @@
 The squeezed model has 4-bit weights of random codebooks and indices (nothing is fitted: time does
 not depend on what they hold) and the cache of recipe ``kv4`` filled with copies of a random block.
 ``unfused`` runs the modules of every layer in the recorded step, ``launched`` records nothing.
-The dense rows are transformers' own: ``eager`` over a DynamicCache, ``compiled`` over a StaticCache
-as ``generate`` compiles it. Caches are filled, not computed.
+Dense rows are transformers' own: ``eager`` over a DynamicCache, ``compiled`` over a StaticCache,
+the whole forward compiled as ``generate`` compiles it (``reduce-overhead``: inductor and CUDA
+graphs), anew for every shape so that no size in it is dynamic, and of a cache that ends soon after
+the steps measured. Caches are filled, not computed.
 
-Run from the repository root, parts at a time; results are merged into ``--output``::
+``python -m benchmarks.run decode_step`` measures what the bars compare, those rows first that most
+bars need. By itself, this module measures what it is told and prints it, parts at a time::
 
-    python -m benchmarks.decode_step --variants squeezed --shapes 1x1024 1x32768
+    python -m benchmarks.decode_step --variants squeezed unfused --shapes 1x1024 --profile
 
 ``step_ms`` is the median time of one call of the model and an argmax, the device awaited after each
 step; ``generate_ms`` that between the tokens of ``generate``; ``queued_ms`` the mean where the
 device is awaited at the end alone, which hides the launches that it can. ``first_ms`` lists the
-first steps: those that compile, tune and record. ``slowest_ms`` includes the encoding of blocks;
-``encode_ms`` lists the steps that encoded, of 3 blocks: launched, recorded, replayed.
+first steps: those that compile, tune and record; ``again_ms`` those over a second cache.
+``slowest_ms`` includes the encoding of blocks; ``encode_ms`` lists the steps that encoded, of 3
+blocks: launched, recorded, replayed. ``peak_gb`` counts weights, cache and step of the row's own
+model, the other model left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
+import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,16 +42,82 @@ from squeeze import api, recipe, swapping
 from squeeze.cache.layer import every_row
 from squeeze.cache_hook import new_cache
 from squeeze.compress import weight_method
-from squeeze.environment import environment
 
+OP = "decode_step"
+TESTS = ("tests/test_decode_step_gpu.py", "tests/test_fused_layer_gpu.py")
+KERNELS = ("block_store", "decode_attention", "kv_encode", "lut_linear", "step_glue")
 SHAPES = ("1x1024", "1x32768", "8x32768", "32x8192")
 SQUEEZED = ("squeezed", "unfused", "launched")
 VARIANTS = (*SQUEEZED, "eager", "compiled")
+# Rows in the order of what most bars need.
+ORDER = (
+    ("compiled", "1x32768"),
+    ("squeezed", "1x32768"),
+    ("compiled", "1x1024"),
+    ("squeezed", "1x1024"),
+    ("squeezed", "8x32768"),
+    ("squeezed", "32x8192"),
+    ("eager", "1x32768"),
+    ("eager", "8x32768"),
+    ("eager", "32x8192"),
+    ("compiled", "8x32768"),
+    ("compiled", "32x8192"),
+    ("eager", "1x1024"),
+)
+# Figure, shape, whom squeezed is compared with (the better of them counts), and how many times
+# smaller its figure must be.
+BARS = (
+    ("step_ms", "1x32768", ("compiled",), 3),
+    ("step_ms", "1x32768", ("eager",), 12),
+    ("step_ms", "1x1024", ("compiled",), 2),
+    ("step_ms", "8x32768", ("compiled", "eager"), 8),
+    ("step_ms", "32x8192", ("compiled", "eager"), 5),
+    ("peak_gb", "8x32768", ("eager",), 1 / 0.32),
+)
+STEPS = 60
+FIRST = 8  # steps that are timed apart
+PROFILED = 10
 WEIGHTS = [{"method": "kmeans", "bits": 4, "importance": "none"}]
-KERNELS = {
+PARTS = {
     "attention": ("attend", "_merge"),
     "weights": ("_kernel", "multiply", "_finish", "_split_", "gemm", "gemv", "nvjet", "cutlass"),
 }
+
+
+def run(
+    device: str | torch.device, repeats: int = STEPS, done: Sequence[dict[str, Any]] = ()
+) -> Iterator[dict[str, Any]]:
+    """Measure what the bars compare, in an order that serves a run that is stopped.
+
+    Args:
+        device: The current CUDA device.
+        repeats: Steps of a row.
+        done: Rows that a run before has measured.
+
+    Yields:
+        One dictionary per variant and shape.
+    """
+    known = {(row["implementation"], row["shape"]) for row in done}
+    models = Models(torch.device(device))
+    options = Options(steps=repeats)
+    for variant, shape in ORDER:
+        if (variant, shape) not in known:
+            yield models.measure(variant, shape, options)
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Say how far the rows at hand meet the bars: times faster, and share of memory."""
+    found = {(row["implementation"], row["shape"]): row for row in rows}
+    result = []
+    for figure, shape, others, factor in BARS:
+        asked = [found.get((name, shape)) for name in ("squeezed", *others)]
+        if None in asked:
+            continue
+        ours, *theirs = [float(row[figure]) for row in asked if row is not None]
+        ratio = min(theirs) / ours
+        bar = {"bar": f"{figure} {shape} against {' and '.join(others)}", "wanted": factor}
+        result.append({**bar, "ratio": ratio, "met": ratio >= factor})
+    return result
 
 
 def main() -> int:
@@ -56,30 +125,54 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="batch x context")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--generate", action="store_true", help="time generate() as well")
     parser.add_argument("--encode", action="store_true", help="time steps that encode blocks")
     parser.add_argument("--profile", action="store_true", help="list the kernels of a step")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode_step.json"))
-    options = parser.parse_args()
-    start = time.perf_counter()
-    model = dense_model(options.layers)
-    rows: list[dict[str, Any]] = []
-    # The dense variants come first: squeezing frees the dense weights.
-    for variant in sorted(options.variants, key=("eager", "compiled", *SQUEEZED).index):
-        if variant in SQUEEZED:
-            squeeze_model(model)
+    parser.add_argument("--again", action="store_true", help="time a second cache's first steps")
+    options = parser.parse_args(namespace=Options())
+    models = Models(torch.device("cuda"), options.layers)
+    for variant in options.variants:
+        for shape in options.shapes:
+            row = models.measure(variant, shape, options)
+            print(f"{variant:9} {shape:9}", summary(row), flush=True)
+    return 0
+
+
+class Options(argparse.Namespace):
+    """What is measured of a row."""
+
+    steps = STEPS
+    layers = 32
+    generate = encode = profile = again = False
+
+
+class Models:
+    """The dense and the squeezed model, made when they are first asked for."""
+
+    def __init__(self, device: torch.device, layers: int = 32) -> None:
+        self.device, self.layers = device, layers
+        self.held: dict[bool, Any] = {}
+
+    def measure(self, variant: str, shape: str, options: Options) -> dict[str, Any]:
+        """Time the steps of one variant at one shape."""
+        start, squeezed = time.perf_counter(), variant in SQUEEZED
+        if squeezed not in self.held:
+            self.held[squeezed] = dense_model(self.layers)
+            if squeezed:
+                squeeze_model(self.held[squeezed])
+        model = self.held[squeezed]
+        if squeezed:
             step: Any = model.squeeze_step
             step.enabled, step.fuses = variant != "launched", variant == "squeezed"
-        for shape in options.shapes:
-            row = {"implementation": variant, "shape": shape, "layers": options.layers}
-            batch, length = map(int, shape.split("x"))
+        batch, length = map(int, shape.split("x"))
+        row = {"op": OP, "shape": shape, "implementation": variant, "layers": self.layers}
+        try:
             row |= measure(model, variant, batch, length, options)
-            rows.append(row)
-            print(f"{variant:9} {shape:9}", summary(row), f"at {time.perf_counter() - start:.0f} s")
-            save(options.output, rows)
-    return 0
+        finally:
+            torch.compiler.reset()  # lets the caches of compiled steps go
+        return row | {"baseline": not squeezed, "seconds": time.perf_counter() - start}
 
 
 def dense_model(layers: int) -> LlamaForCausalLM:
@@ -123,14 +216,18 @@ def squeeze_model(model: Any) -> None:
     swapping.swap(model, swapping.Artifacts(plan, weights, {}), keep_dense=False)
 
 
-def measure(model: Any, variant: str, batch: int, length: int, options: Any) -> dict[str, Any]:
+def measure(model: Any, variant: str, batch: int, length: int, options: Options) -> dict[str, Any]:
     """Time the steps of one variant at one shape."""
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    cache = filled_cache(model, variant, batch, length, 4 * options.steps + 80)
+    others = torch.cuda.memory_allocated() - model_bytes(model)
+    room = FIRST + 2 * options.steps + 8
+    room += options.generate * (options.steps + 8) + options.profile * PROFILED
+    cache = filled_cache(model, variant, batch, length, room)
     step = stepper(model, variant, cache, batch, length)
     with torch.no_grad():
-        first = [timed(step) for _ in range(8)]
+        first = [timed(step) for _ in range(FIRST)]
         times = [timed(step) for _ in range(options.steps)]
         queued = timed(lambda: [step() for _ in range(options.steps)]) / options.steps
     result = {
@@ -142,12 +239,24 @@ def measure(model: Any, variant: str, batch: int, length: int, options: Any) -> 
     }
     if options.generate:
         result["generate_ms"] = generate_ms(model, cache, batch, length, options.steps)
-    result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    result["peak_gb"] = (torch.cuda.max_memory_allocated() - others) / 1e9
+    if options.again:
+        other = filled_cache(model, variant, batch, length, room)
+        other_step = stepper(model, variant, other, batch, length)
+        with torch.no_grad():
+            result["again_ms"] = [timed(other_step) for _ in range(FIRST)]
     if options.profile:
         result |= profile(step)
     if options.encode and variant in SQUEEZED:
         result["encode_ms"] = encoding_steps(cache, step)
     return result
+
+
+def model_bytes(model: Any) -> int:
+    """Bytes of parameters and buffers, parts of one storage counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
 
 
 def encoding_steps(cache: Any, step: Callable[[], Any], blocks: int = 3) -> list[float]:
@@ -285,7 +394,7 @@ def generate_ms(model: Any, cache: Any, batch: int, length: int, steps: int) -> 
     return statistics.median(between[4:])
 
 
-def profile(step: Callable[[], Any], steps: int = 10) -> dict[str, Any]:
+def profile(step: Callable[[], Any], steps: int = PROFILED) -> dict[str, Any]:
     """Sum the kernels of a step by what they do, and list the longest."""
     from torch.profiler import ProfilerActivity
 
@@ -298,7 +407,7 @@ def profile(step: Callable[[], Any], steps: int = 10) -> dict[str, Any]:
     for event in found.key_averages():
         micros = event.self_device_time_total / steps
         name = event.key
-        kind = next((k for k, words in KERNELS.items() if any(w in name for w in words)), "other")
+        kind = next((k for k, words in PARTS.items() if any(w in name for w in words)), "other")
         kind = "other" if "at::native" in name else kind
         spent[kind] += micros / 1000
         launches += event.count / steps
@@ -312,32 +421,14 @@ def profile(step: Callable[[], Any], steps: int = 10) -> dict[str, Any]:
 
 def summary(row: dict[str, Any]) -> str:
     """Say the figures of a row in one line."""
-    lists = ("first_ms", "encode_ms")
-    names = [n for n in row if n.endswith("_ms") and n not in lists] + ["peak_gb"]
+    lists = ("first_ms", "again_ms", "encode_ms")
+    names = [n for n in row if n.endswith("_ms") and n not in lists] + ["peak_gb", "seconds"]
     names += ["launches"] if "launches" in row else []
     figures = [f"{name} {row[name]:.2f}" for name in names]
     for name in lists:
         if name in row:
             figures.append(f"{name} [{' '.join(f'{x:.1f}' for x in row[name])}]")
     return " ".join(figures)
-
-
-def save(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Merge rows into the result file, which says where and how they were measured."""
-    where = environment()
-    found = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    new = {(row["implementation"], row["shape"]) for row in rows}
-    kept = [row for row in found if (row["implementation"], row["shape"]) not in new]
-    result = {
-        "op": "decode_step",
-        "hardware": where["hardware"],
-        "versions": where["versions"],
-        "commit": where["commit"],
-        "command": shlex.join(["python", "-m", "benchmarks.decode_step", *sys.argv[1:]]),
-        "rows": kept + rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ cache holds, and replay as one CUDA graph, so neither reuse nor launch overhead 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ FORMS = ((4, "int8"), (4, "float16"), (3, "int8"))  # width of an index, dtype o
 ROWS = (1, 4, 16, 64, 2048)
 INTEGER_ROWS, INTEGER_GROUP = 16, 128  # the library's int4 product is far behind above
 COPIES, REPLAYS = 8, 20
+# Width of an index, rows, shapes, and how many times as fast as cuBLAS.
+BARS = ((4, 1, SHAPES[1:], 2.7), (4, 16, SHAPES, 2.2), (4, 2048, SHAPES, 0.9), (3, 1, SHAPES, 3.3))
 
 
 def run(device: str | torch.device, repeats: int = REPLAYS) -> Iterator[dict[str, Any]]:
@@ -40,6 +42,54 @@ def run(device: str | torch.device, repeats: int = REPLAYS) -> Iterator[dict[str
     for shape in ((384, 384),) if small else SHAPES:
         for rows in (1, 16) if small else ROWS:
             yield from _shape(shape, rows, place, repeats)
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Say how far the rows at hand meet the bars, where all that a bar asks for is measured.
+
+    Bars of cuBLAS' time, and the library's int4 product by the form of as many bits.
+    """
+    found = {_case(row): row for row in rows}
+    result = []
+    for bits, entries in FORMS:
+        name = f"{bits} bits {entries}"
+        for width, count, shapes, wanted in BARS:
+            if width == bits:
+                asked = [(bits, entries, count, *shape) for shape in shapes]
+                ratios = {case: found[case]["speedup"] for case in asked if case in found}
+                bar = f"{name}, {count} rows against cuBLAS"
+                result += judged(bar, wanted, asked, ratios)
+        asked = [
+            (bits, entries, count, *shape)
+            for shape in SHAPES
+            for count in ROWS
+            if bits == 4 and count <= INTEGER_ROWS
+        ]
+        ratios = {}
+        for case in asked:
+            integer = found.get((bits, "uniform", *case[2:]))
+            if integer and case in found:
+                ratios[case] = integer["median_us"] / found[case]["median_us"]
+        result += judged(f"{name} against the library's int4", 1.0, asked, ratios)
+    return result
+
+
+def judged(
+    bar: str, wanted: float, asked: Sequence[tuple[Any, ...]], ratios: Mapping[Any, float]
+) -> list[dict[str, Any]]:
+    """One bar's result by the least of the ratios; none where one that it asks for is missing."""
+    if not asked or any(case not in ratios for case in asked):
+        return []
+    least = min(asked, key=lambda case: ratios[case])
+    ratio = ratios[least]
+    return [
+        {"bar": bar, "wanted": wanted, "ratio": ratio, "met": ratio >= wanted, "case": list(least)}
+    ]
+
+
+def _case(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Width of an index, dtype of the entries, rows and shape of a measurement."""
+    return row["bits"], row["entries"], row["rows"], *row["shape"]
 
 
 def _shape(

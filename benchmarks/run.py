@@ -10,6 +10,12 @@ Each op named has ``tests/kernels/test_<op>.py`` and ``benchmarks/<op>.py``, who
 ``benchmarks/results/<op>.json`` with everything needed to judge it later, after every row, so what
 a stopped run had measured is kept (``complete`` is false then). ``--warm`` runs every case with
 few repeats and writes nothing: kernels are compiled and cached when the measurement starts.
+
+A module that measures more than one kernel says what it rests on: ``KERNELS``, folders of kernels,
+and ``TESTS``, test files. ``--resume`` goes on with a result that was stopped, where the module's
+``run`` takes the rows ``done`` and commit, kernels, versions and hardware are the same; its tests
+have passed then. ``--tests`` stops before the first row. ``bars(rows)`` of a module says which bars
+the rows meet.
 """
 
 from __future__ import annotations
@@ -45,12 +51,19 @@ def main() -> int:
     parser.add_argument(
         "--warm", action="store_true", help="only compile; measure and test nothing"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows of a result that was stopped"
+    )
+    parser.add_argument(
+        "--tests", action="store_true", help="only run the tests; --resume measures then"
+    )
     options = parser.parse_args()
     if options.warm:
         for op in options.ops:
             print(f"{op}: {warm(op, options.device)} cases compiled", file=sys.stderr)
         return 0
-    failed = [op for op in options.ops if not measure(op, options.device, options.output)]
+    how = (options.device, options.output, options.resume, options.tests)
+    failed = [op for op in options.ops if not measure(op, *how)]
     for op in failed:
         print(f"{op}: tests failed, so nothing was measured", file=sys.stderr)
     return 1 if failed else 0
@@ -61,38 +74,64 @@ def warm(op: str, device: str) -> int:
     return sum(1 for _ in importlib.import_module(f"benchmarks.{op}").run(device, repeats=1))
 
 
-def measure(op: str, device: str, output: Path) -> bool:
+def measure(
+    op: str, device: str, output: Path, resume: bool = False, only_tests: bool = False
+) -> bool:
     """Run the tests of one op, then its benchmark; write and print the result.
 
     Returns:
         Whether the tests passed; nothing is measured when they did not.
     """
-    passed = run_tests(op)
-    if not passed:
-        return False
-    rows: list[dict[str, Any]] = []
+    module = importlib.import_module(f"benchmarks.{op}")
     where = environment()
-    result = {
+    facts = {
         "op": op,
         "device": device,
         "hardware": where["hardware"],
         "versions": where["versions"],
         "commit": where["commit"],
+        "kernel_sha256": kernel_hashes(op),
+    }
+    path = output / f"{op}.json"
+    found = stopped(path, facts) if resume else None
+    passed = found["tests_passed"] if found else run_tests(op)
+    if not passed:
+        return False
+    rows: list[dict[str, Any]] = found["rows"] if found else []
+    result = {
+        **facts,
         "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
         "tests_passed": passed,
-        "kernel_sha256": kernel_hashes(op),
         "complete": False,
         "rows": rows,
     }
     output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{op}.json"
-    for row in importlib.import_module(f"benchmarks.{op}").run(device):
+    if only_tests:
+        write(path, result, module)
+        return True
+    for row in module.run(device, done=list(rows)) if rows else module.run(device):
         rows.append(row)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(path, result, module)
     result["complete"] = True
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(path, result, module)
     show(op, rows, where["hardware"]["gpu"] or where["hardware"]["cpu"])
     return True
+
+
+def stopped(path: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Read a result that lacks rows, if it was measured under the same conditions."""
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    same = all(found.get(name) == value for name, value in facts.items())
+    return found if same and not found["complete"] else None
+
+
+def write(path: Path, result: dict[str, Any], module: Any) -> None:
+    """Write what is known so far."""
+    if hasattr(module, "bars"):
+        result["bars"] = module.bars(result["rows"])
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def run_tests(op: str) -> int:
@@ -102,8 +141,9 @@ def run_tests(op: str) -> int:
     marks = "gpu and not slow" if torch.cuda.is_available() else "not gpu and not slow and not hub"
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
-        test = ROOT / "tests" / "kernels" / f"test_{op}.py"
-        command = [sys.executable, "-m", "pytest", "-m", marks, f"--junitxml={junit}", str(test)]
+        module = importlib.import_module(f"benchmarks.{op}")
+        tests = getattr(module, "TESTS", (f"tests/kernels/test_{op}.py",))
+        command = [sys.executable, "-m", "pytest", "-m", marks, f"--junitxml={junit}", *tests]
         if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
             return 0
         suite = ElementTree.parse(junit).getroot().find("testsuite")
@@ -114,7 +154,8 @@ def run_tests(op: str) -> int:
 def kernel_hashes(op: str) -> dict[str, str]:
     """Hash every file that decides what the op computes."""
     kernels = ROOT / "squeeze" / "kernels"
-    files = [kernels / "bits.py", *sorted((kernels / op).rglob("*.py"))]
+    folders = getattr(importlib.import_module(f"benchmarks.{op}"), "KERNELS", (op,))
+    files = [kernels / "bits.py", *sorted(f for x in folders for f in (kernels / x).rglob("*.py"))]
     return {
         str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
     }

@@ -6,14 +6,14 @@ cache holds, and replay as one CUDA graph, so neither reuse nor launch overhead 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.lut_linear import _median_us
+from benchmarks.lut_linear import _median_us, judged
 from squeeze.kernels.sparse_gemv.api import by_columns, sparse_gemv
 from squeeze.types import Implementation
 
@@ -22,6 +22,7 @@ SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 SPARSITIES = (0.0, 0.3, 0.5, 0.7)
 ROWS = (1, 2, 4)
 COPIES, REPLAYS = 8, 20
+BARS = ((0.5, 1, 1.6),)  # sparsity, rows, and how many times as fast as cuBLAS
 
 
 def run(device: str | torch.device, repeats: int = REPLAYS) -> Iterator[dict[str, Any]]:
@@ -37,6 +38,21 @@ def run(device: str | torch.device, repeats: int = REPLAYS) -> Iterator[dict[str
     for shape in ((384, 384),) if small else SHAPES:
         for rows in (1,) if small else ROWS:
             yield from _shape(shape, rows, place, repeats)
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Say how far the rows at hand meet the bars, where all shapes are measured."""
+    found = {
+        (row["sparsity"], row["rows"], *row["shape"]): row["speedup"]
+        for row in rows
+        if not row["baseline"]
+    }
+    result = []
+    for sparsity, count, wanted in BARS:
+        asked = [(sparsity, count, *shape) for shape in SHAPES]
+        bar = f"{sparsity:.0%} of x zero, {count} rows against cuBLAS"
+        result += judged(bar, wanted, asked, found)
+    return result
 
 
 def _shape(

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from squeeze import atomic, environment, processes
+from squeeze import atomic, environment, processes, tensor_parallel
 from squeeze import export as export_module
 from squeeze import recipe as recipe_module
 from squeeze.cache_hook import static_cache
 from squeeze.calibrate import Stats, calibrate
 from squeeze.compress import compress, fit_tables
-from squeeze.distill import distill, sequences
-from squeeze.errors import CheckpointError, RecipeError, nearest
+from squeeze.distill import distill, own_text, sequences
+from squeeze.errors import CheckpointError, RecipeError, UnsupportedError, nearest
 from squeeze.evaluation import check_tasks, evaluate
 from squeeze.evaluation.head_budgets import choose_budgets
 from squeeze.evaluation.inspection import PARTS, Sensitivity, inspect_layers
@@ -41,12 +41,13 @@ from squeeze.export_compressed import export_compressed_tensors
 from squeeze.key_biases import find_huge
 from squeeze.layerwise import fit_layers, shifts, streamed
 from squeeze.loading import load_model, load_tokenizer
-from squeeze.model_info import ModelInfo, describe, locate
+from squeeze.model_info import ModelInfo, describe, empty_model, load_config, locate
 from squeeze.plan import KV_LOSS, PREFILL_CURVES, Plan, make_plan, resolve_device
 from squeeze.prompt import load_prompt, save_prompt
 from squeeze.recipe import Recipe
 from squeeze.report import Report
 from squeeze.swapping import Artifacts, Swap, swap
+from squeeze.training_text import training_tokens
 from squeeze.types import StoredWeight, Tensors
 
 if TYPE_CHECKING:
@@ -68,6 +69,13 @@ __all__ = [
     "static_cache",
     "swap",
 ]
+
+
+# What to do in place of squeezing a model that is split.
+WHOLE_REMEDY = (
+    "Squeeze the whole model, which torchrun shares out too; then squeeze.load(folder, "
+    "tp_plan='auto'), or squeeze.swap(split_model, artifacts)"
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ def plan(
     dtype: Any = None,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
     trust_remote_code: bool = False,
+    tp_size: int = 1,
 ) -> Plan:
     """Say what a recipe would do to a model, from its configuration alone.
 
@@ -111,18 +120,22 @@ def plan(
         dtype: By default the checkpoint's own.
         overrides: As ``--set``.
         trust_remote_code: Passed to transformers.
+        tp_size: Processes that are to share the model by tensor parallelism; what cannot be split
+            over them is refused.
     """
-    for name, value in (("context", context), ("batch", batch)):
+    for name, value in (("context", context), ("batch", batch), ("tp-size", tp_size)):
         if value < 1:
             raise RecipeError(f"--{name}", f"got {value}", "an integer of at least 1", "Raise it")
     parsed = recipe_module.load(recipe, overrides)
-    return make_plan(
+    made = make_plan(
         parsed,
         describe(model, trust_remote_code, dtype),
         device=device,
         context=context,
         batch=batch,
     )
+    _check_split(model, made, "auto", tp_size, trust_remote_code)
+    return made
 
 
 def run(
@@ -139,6 +152,7 @@ def run(
     trust_remote_code: bool = False,
     tokenizer: Any = None,
     progress: Progress | None = None,
+    tp_plan: Any = None,
 ) -> Result:
     """Plan, calibrate, compress, swap, evaluate and export.
 
@@ -156,6 +170,9 @@ def run(
         trust_remote_code: Passed to transformers.
         tokenizer: For a loaded model; by default the one its name or path has.
         progress: Called as ``progress(stage, done, total)``.
+        tp_plan: ``"auto"``, or a mapping as transformers takes it: the processes that torchrun
+            started, which squeeze and evaluate whole models together, end with one that is split
+            over them.
 
     Raises:
         SqueezeError: what the user can mend; see ``squeeze.errors``.
@@ -170,11 +187,18 @@ def run(
     if evaluate:
         check_tasks(parsed.evaluate.tasks)
     given = isinstance(model, nn.Module)
+    if given:
+        tensor_parallel.require_whole(model, "run", WHOLE_REMEDY)
+    if tp_plan is not None:
+        _check_named(given)
+        device = processes.join(device)
     if given and device is None:
         device = str(next(model.parameters()).device)  # type: ignore[union-attr]
     device = resolve_device(device)
     info = describe(model, trust_remote_code, dtype)
     made = make_plan(parsed, info, device=device)
+    if tp_plan is not None:
+        _check_split(model, made, tp_plan, processes.started(), trust_remote_code)
     needs_text = bool(made.statistics) or sequences(made) > 0
     needs_text = needs_text or evaluate or target is not None or not given
     if tokenizer is None and needs_text:
@@ -250,7 +274,32 @@ def run(
             processes.wait()
             if processes.rank() == 0:
                 _write(loaded, tokenizer, artifacts, report, parsed, info, target, work, overwrite)
+    if tp_plan is not None:
+        del loaded  # before its parts are loaded
+        loaded = load_model(
+            model,  # type: ignore[arg-type]
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            tp_plan=tp_plan,
+        )
+        swap(loaded, artifacts, keep_dense=False)
     return Result(loaded, tokenizer, made, artifacts, report)
+
+
+def _check_named(given: bool) -> None:
+    """Refuse to split a model of which every process has the whole.
+
+    Raises:
+        UnsupportedError: the model was passed in.
+    """
+    if given:
+        raise UnsupportedError(
+            "run: tp_plan",
+            "the model was passed in whole",
+            "the name or path of a model, which is read in parts",
+            "Pass its name, or load it with tp_plan and use squeeze.swap(model, artifacts)",
+        )
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -413,9 +462,9 @@ def _distill(
     count = sequences(artifacts.plan)
     if not count:
         return artifacts
-    changes = {"samples": count, "seed": recipe.calibration.seed + 1}
-    tokens = calibration_tokens(tokenizer, recipe.calibration.model_copy(update=changes))
     folder = work and work / "distill"
+    share = own_text(artifacts.plan)
+    tokens = training_tokens(model, tokenizer, recipe.calibration, count, share, folder)
     return distill(model, artifacts, tokens, folder=folder, progress=progress)
 
 
@@ -464,22 +513,40 @@ def _write(
     export_module.publish(folder, output.absolute(), overwrite)
 
 
-def load(path: str | Path, *, device: str | None = None, dtype: Any = None) -> PreTrainedModel:
+def load(
+    path: str | Path, *, device: str | None = None, dtype: Any = None, tp_plan: Any = None
+) -> PreTrainedModel:
     """Load a squeezed checkpoint, verified against its manifest.
 
     Args:
         path: A folder that ``run`` wrote.
         device: ``"cpu"`` or ``"cuda"``; by default a GPU if there is one.
         dtype: By default the checkpoint's own.
+        tp_plan: ``"auto"``, or a mapping as transformers takes it, splits the model over the
+            processes that torchrun started, each on its GPU if there are any.
 
     Raises:
         CheckpointError: files are missing, damaged, or of a newer format.
+        UnsupportedError: a layer cannot be split over that many processes.
     """
     folder = Path(path)
-    export_module.verify(folder, content=False)  # the quantizer hashes while it loads
-    model = load_model(folder, device=resolve_device(device), dtype=dtype)
+    manifest = export_module.verify(folder, content=False)  # the quantizer hashes while it loads
+    if tp_plan is not None:
+        _check_split(folder, Plan.from_dict(manifest["plan"]), tp_plan, processes.started())
+    model = load_model(folder, device=resolve_device(device), dtype=dtype, tp_plan=tp_plan)
     export_module.choose_implementations(model)
     return model
+
+
+def _check_split(
+    model: str | Path | PreTrainedModel, made: Plan, tp_plan: Any, size: int, trust: bool = False
+) -> None:
+    """Refuse what cannot be split over ``size`` processes, by the model's configuration alone."""
+    if size == 1:
+        return
+    held: Any = model if isinstance(model, nn.Module) else empty_model(load_config(model, trust))
+    styles = {**held.tp_plan, **tp_plan} if isinstance(tp_plan, Mapping) else held.tp_plan
+    tensor_parallel.check(made, styles, size)
 
 
 def export(
@@ -551,6 +618,7 @@ def inspect_model(
         if part not in PARTS:
             hint = nearest(part, PARTS) or "Choose among these"
             raise RecipeError("--parts", f"unknown part {part!r}", ", ".join(PARTS), hint)
+    tensor_parallel.require_whole(model, "inspect", "Load it without tp_plan")
     loaded: Any = model
     if not isinstance(model, nn.Module):
         loaded = load_model(

@@ -237,9 +237,11 @@ def _sparse(
 ) -> Tensor:
     batch, length, before = query.shape[0], keys.shape[2], keys.shape[2] - query.shape[2]
     starts = torch.tensor(pads, device=query.device) if pads and any(pads) else None
-    extra = {}
+    extra: dict[str, Any] = {}
     if getattr(state.policy, "asks_types", False) and types is not None:
         extra = {"types": types} if types.shape[1] == length else {}
+    if getattr(state.policy, "asks_implementation", False):
+        extra["implementation"] = state.implementation
     index = state.policy.index(query, keys, starts, scaling, softcap, **extra)
     lengths = torch.full((batch,), length, device=query.device)
     begins = torch.full((batch,), before, device=query.device)

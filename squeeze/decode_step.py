@@ -6,7 +6,11 @@ every call pass but those of up to ``STEP_TOKENS`` tokens over a filled packed c
 from static inputs, at counts that live on the device, records and replays. Blocks that are full
 are encoded between replays, see ``step_encode``. A recording belongs to its cache and goes with it.
 
-    model.squeeze_step.enabled = True  # off by default: no speed of it is recorded yet
+It acts wherever Triton kernels run on a GPU. Recording a step takes about as long as launching it,
+so steps of one token are recorded when their kernels are compiled; those of several tokens, whose
+number changes from step to step, once their kind has come ``OFTEN`` times over the cache.
+
+    model.squeeze_step.enabled = False  # launches every kernel, as the model alone would
 
 A model with forward hooks of somebody else's inside is not recorded, since no replay would run
 them; one that gets such hooks, or other weights, needs a new cache.
@@ -25,14 +29,18 @@ from torch import Tensor, nn
 
 from squeeze.attention import LayerState
 from squeeze.cache import PackedCache, PackedLayer, StaticPackedCache, make_recordable, refusal
-from squeeze.errors import SqueezeWarning
+from squeeze.errors import SqueezeError, SqueezeWarning
 from squeeze.fused_layer import MOST_TOKENS, Fusion
 from squeeze.recorder import CudaGraphs, Recorder
 from squeeze.step_encode import BlockEncoder
-from squeeze.types import resolve_dtype
+from squeeze.types import Implementation, resolve_dtype
 
 # Most tokens of a step: prompt lookup and draft models propose up to about this many.
 STEP_TOKENS = 16
+# Calls of several tokens that pass before their kind is run, and then recorded, as a step.
+OFTEN = 3
+# Kinds recorded over one cache at a time; each holds its results and its list of kernels.
+MOST_RECORDINGS = 8
 KNOWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
 OWN = ("squeeze.", "transformers.")  # modules whose hooks do nothing in a step
 FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
@@ -52,6 +60,11 @@ class Call(NamedTuple):
     tokens: Tensor
     positions: Tensor
     kept: int
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What is recorded apart."""
+        return (*self.tokens.shape, self.positions.shape, self.kept)
 
 
 class Recording:
@@ -94,7 +107,7 @@ class DecodeStep:
         states: What the swap attached to its attention layers.
 
     Attributes:
-        enabled: ``False``, the default, lets every call pass.
+        enabled: ``False`` lets every call pass.
         fuses: Run layers fused where they can be, see ``fused_layer``; set it before a cache is
             filled.
         fusion: What is fused, and why the rest is not; ``None`` before the first step.
@@ -106,7 +119,7 @@ class DecodeStep:
         self.model, self.states = model, states
         self.replaced = vars(model).get("forward")
         self.forward = model.forward
-        self.enabled, self.fuses = False, True
+        self.enabled = self.fuses = True
         self.fusion: Fusion | None = None
         self.recorder: Recorder | None = None
         self.encoder = BlockEncoder()
@@ -127,7 +140,13 @@ class DecodeStep:
             return False
         if self.recorder is None and self.model.device.type == "cuda":
             self.recorder = CudaGraphs()
-        return self.recorder is not None and not self.recorder.busy() and not self.model.training
+        if self.recorder is None or self.model.training:
+            return False
+        # Reference implementations wait for the device; who chose one on a GPU compares with it.
+        chosen = {state.implementation for state in self.states.values()}
+        if isinstance(self.recorder, CudaGraphs) and chosen != {Implementation.TRITON}:
+            return False
+        return not self.recorder.busy()
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """Understand a call as a step; ``None`` for others, with a warning where it is one."""
@@ -159,7 +178,10 @@ class DecodeStep:
             positions = torch.arange(total, total + steps, device=tokens.device)[None]
         kept = kwargs.get("logits_to_keep", 0)
         kept = kept if 0 < kept < steps else steps
-        return Call(make_recordable(cache, STEP_TOKENS), tokens, positions, kept)
+        call = Call(make_recordable(cache, STEP_TOKENS), tokens, positions, kept)
+        asked = call.cache.recordings.asked
+        asked[call.kind] += 1
+        return call if steps == 1 or asked[call.kind] > OFTEN else None
 
     @functools.cached_property
     def _parameters(self) -> dict[str, Any]:
@@ -218,7 +240,7 @@ class DecodeStep:
             self.enabled = False
             cache.recordings.clear()
             cache.rewind()
-            self._warn(f"recording failed ({str(error).strip().splitlines()[0]})")
+            self._warn(f"recording failed ({_first_line(error)})")
             return None
         cache.count(steps)
         if cache.is_due:
@@ -238,14 +260,13 @@ class DecodeStep:
         fusion = self._fusion(call)
         moved = None if fusion is None else fusion.moved
         places = (weight.data_ptr(), moved, *cache.places())
-        key = (*call.tokens.shape, call.positions.shape, call.kept)
-        found: Recording | None = cache.recordings.get(key)
+        found: Recording | None = cache.recordings.get(call.kind)
         if found is None or found.places != places:
             if found is not None:
                 cache.recordings.clear()
             if fusion is not None and fusion.join():
                 places = (places[0], fusion.moved, *places[2:])
-            found = cache.recordings[key] = Recording(call, places)
+            found = cache.recordings[call.kind] = Recording(call, places)
         return found
 
     def _fusion(self, call: Call) -> Fusion | None:
@@ -271,6 +292,9 @@ class DecodeStep:
             if kind not in self.warm:
                 self.warm.add(kind)
                 return self._warm_up(call, recording)
+            held = [step for step in cache.recordings.values() if step.replay is not None]
+            if len(held) >= MOST_RECORDINGS:
+                return self._launch(call, recording)
             if not self.watched:
                 with recorder.watch():
                     output = self._launch(call, recording)
@@ -293,13 +317,18 @@ class DecodeStep:
         fusion = self._fusion(call)
         if fusion is None or self.compared:
             return self._launch(call, recording)
-        output, off = fusion.compared(lambda: self._launch(call, recording))
-        if off <= 0:
-            self.compared = True
-            return output
+        try:
+            output, off = fusion.compared(lambda: self._launch(call, recording))
+        except (RuntimeError, ValueError, SqueezeError) as error:
+            reason = f"fused layers fail ({_first_line(error)})"
+        else:
+            if off <= 0:
+                self.compared = True
+                return output
+            reason = f"fused layers are off by {off:.3g} more than rounding explains"
         self.fuses = False
         call.cache.rewind()
-        self._warn(f"fused layers are off by {off:.3g} more than rounding explains")
+        self._warn(reason, "layers run as they are")
         return self._launch(call, recording)
 
     def _launch(self, call: Call, recording: Recording) -> Any:
@@ -343,6 +372,10 @@ class DecodeStep:
                 SqueezeWarning,
                 stacklevel=4,
             )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _owned(hook: Any) -> bool:

@@ -24,6 +24,7 @@ from squeeze.compress import weight_method
 from squeeze.errors import CheckpointError, RecipeError, UnsupportedError
 from squeeze.plan import Plan, WeightPlan
 from squeeze.saved_tensors import SavedTensors
+from squeeze.stacks import Stack, stacked
 from squeeze.swapping import Artifacts, swap
 
 STATE = "distill.safetensors"
@@ -34,7 +35,8 @@ EPSILON = 1e-10
 SPANS = (16, 64)  # tokens of a repeated passage, at least and below
 # Settings that belong to the run and not to one module.
 SHARED = (
-    "steps", "codebook_steps", "batch", "echo", "hidden", "uniquify", "marshal", "shard",
+    "steps", "codebook_steps", "batch", "echo", "own_text", "hidden", "uniquify", "marshal",
+    "shard",
 )  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
@@ -62,10 +64,16 @@ def distilled_rows(plan: Plan) -> list[WeightPlan]:
 
 
 def sequences(plan: Plan) -> int:
-    """Count the calibration sequences that training will read."""
+    """Count the sequences that training will read."""
     rows = distilled_rows(plan)
     method = weight_method(rows[0]) if rows else None
     return method.steps * method.batch if method else 0
+
+
+def own_text(plan: Plan) -> float:
+    """Share of these sequences that the dense model writes, 0 to 1."""
+    rows = distilled_rows(plan)
+    return float(weight_method(rows[0]).own_text) if rows else 0.0
 
 
 def distill(
@@ -80,9 +88,9 @@ def distill(
 
     The loss is the divergence of the squeezed from the dense model's next-token distribution,
     ``mean KL(dense || squeezed)``, plus ``hidden`` times the relative squared error of the layers'
-    outputs. Adam, with one mean square for all weights of a codebook, a short rise of the learning
-    rates and a cosine to zero. The model computes in its own dtype, parameters are float32. Other
-    packed weights are in place while training; caches and attention are dense.
+    outputs. Adam, a short rise of the learning rates and a cosine to zero. The model computes in
+    its own dtype, parameters are float32. Other packed weights are in place while training; caches
+    and attention are dense.
 
     Under an initialised ``torch.distributed`` each process trains on its part of every batch.
 
@@ -166,49 +174,45 @@ class Distillation:
             )
         self.saved = _saved_tensors(method, self.ranks[1])
         self.linears = {row.module: model.get_submodule(row.module) for row in rows}
-        self.students: dict[str, Any] = {}
-        for row in rows:
-            dense = self.linears[row.module].weight
-            weight = artifacts.weights[row.module]
-            weight = weight.with_tensors(
-                {n: t.to(dense.device) for n, t in weight.tensors().items()}
-            )
-            student = weight_method(row).student(dense, weight)
-            self.students[row.module] = student.to(dense.device)
+        self.stacks = [
+            Stack(group, artifacts.weights, self.linears)
+            for group in stacked(rows, artifacts.weights)
+        ]
+        self.students = {stack.names[0]: stack.student for stack in self.stacks}
         self.soft = False
-        self.losses: list[float] = []
+        self.losses: list[Tensor] = []
         self.moments: dict[str, dict[str, Tensor]] = {}
 
     def step(self, number: int) -> None:
         """Take one step of the training."""
         if number >= self.codebook_steps and not self.soft:
             self.soften()
-        shape = min(1.0, (number + 1) / max(1.0, WARM * self.steps))
-        shape *= 0.5 + 0.5 * math.cos(math.pi * number / self.steps)
         rank, world = self.ranks
         ids = self.tokens[number * self.batch : (number + 1) * self.batch]
         ids = repeated(ids, self.echo, number)[rank::world].to(self.device)
         with torch.no_grad():
             target = self._outputs(ids)
-        with torch.enable_grad(), self._taught(), self.saved:
+        with torch.enable_grad(), self.saved, self._taught():
             loss = self._loss(self._outputs(ids), target)
         loss.backward()  # type: ignore[no-untyped-call]
         self._average()
-        self._descend(shape)
-        self.losses.append(float(loss.detach()))
+        self._descend(self.shape(number))
+        self.losses.append(loss.detach())
+
+    def shape(self, number: int) -> float:
+        """Return what multiplies the learning rates of a step."""
+        rise = min(1.0, (number + 1) / max(1.0, WARM * self.steps))
+        return rise * (0.5 + 0.5 * math.cos(math.pi * number / self.steps))
 
     def soften(self) -> None:
         """Let the weights attend to entries and train them too."""
-        for name, student in self.students.items():
-            student.soften(self.linears[name].weight.detach())
+        for stack in self.stacks:
+            stack.student.soften(stack.dense(self.linears))
         self.soft = True
 
     def artifacts(self) -> Artifacts:
         """Return the artifacts with the weights as trained so far."""
-        tuned = {}
-        for name, student in self.students.items():
-            weight = student.packed()
-            tuned[name] = weight.with_tensors({n: t.cpu() for n, t in weight.tensors().items()})
+        tuned = {name: weight for stack in self.stacks for name, weight in stack.packed()}
         return replace(self.source, weights={**self.source.weights, **tuned})
 
     def save(self, folder: Path, done: int) -> None:
@@ -222,7 +226,11 @@ class Distillation:
         for name, moments in self.moments.items():
             for key, value in moments.items():
                 tensors[f"{name}/{key}"] = value
-        about = {"done": done, "run": self.fingerprint(), "losses": self.losses}
+        about = {
+            "done": done,
+            "run": self.fingerprint(),
+            "losses": [float(loss) for loss in self.losses],
+        }
         with atomic.replacing(folder / STATE) as draft:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(contiguous, draft, metadata={"squeeze": json.dumps(about)})
@@ -249,7 +257,7 @@ class Distillation:
                 remedy="Remove the file or choose another folder",
             )
         self._restore(tensors)
-        self.losses = list(about["losses"])
+        self.losses = [torch.tensor(loss) for loss in about["losses"]]
         return int(about["done"])
 
     def fingerprint(self) -> str:
@@ -277,10 +285,10 @@ class Distillation:
 
     @torch.no_grad()
     def _descend(self, shape: float) -> None:
-        """Move every parameter by Adam; weights of a codebook share one mean square.
+        """Move every parameter by Adam; attending weights of a codebook share one mean square.
 
-        Far from the border of its cell a weight has next to no gradient; a mean square of its own
-        would turn that into full steps of noise.
+        Far from the border of its cell such a weight has next to no gradient; a mean square of its
+        own would turn that into full steps of noise.
         """
         for name, student in self.students.items():
             for key, parameter in student.named_parameters():
@@ -288,7 +296,9 @@ class Distillation:
                 if grad is None:
                     continue
                 latent = key == "latent"
-                square = grad.square().mean(1, keepdim=True) if latent else grad.square()
+                square = grad.square()
+                if latent and student.method.derivative == "attention":
+                    square = square.mean(1, keepdim=True)
                 zero = {"mean": torch.zeros_like(grad), "square": torch.zeros_like(square)}
                 state = self.moments.setdefault(f"{name}/{key}", {**zero, "count": torch.zeros(())})
                 state["count"] += 1
@@ -304,9 +314,11 @@ class Distillation:
     @contextmanager
     def _taught(self) -> Iterator[None]:
         """Let students stand in for the dense weights."""
-        for name, linear in self.linears.items():
-            student = functools.partial(_apply, self.students[name], linear.bias, self.saved)
-            linear.__dict__["forward"] = student
+        for stack in self.stacks:
+            for name, weight in stack.weights(self.saved):
+                linear = self.linears[name]
+                value = weight.to(linear.weight.dtype)
+                linear.__dict__["forward"] = functools.partial(_apply, value, linear.bias)
         try:
             yield
         finally:
@@ -367,8 +379,7 @@ def repeated(ids: Tensor, share: float, seed: int) -> Tensor:
     return ids
 
 
-def _apply(student: Any, bias: Tensor | None, saved: SavedTensors, x: Tensor) -> Tensor:
-    weight = student.weight(saved).to(x.dtype)
+def _apply(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return functional.linear(x, weight, bias)
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from squeeze import atomic
 from squeeze.attention import LayerState
 from squeeze.compress import assemble, empty_weight
+from squeeze.devices import require_tables, stand_on_devices
 from squeeze.errors import CheckpointError, RecipeError, nearest
 from squeeze.experts import PackedExperts, PackedStack, keep_names, replace_experts
 from squeeze.folding import folded_tables
@@ -39,6 +40,7 @@ from squeeze.swapping import (
     finish,
     replace_module,
 )
+from squeeze.tensor_parallel import processes_of, require_whole, split_loaded
 from squeeze.types import Implementation, resolve_dtype
 
 if TYPE_CHECKING:
@@ -272,6 +274,23 @@ def choose_implementations(model: PreTrainedModel) -> None:
     keep_names(model)
 
 
+def spread(model: PreTrainedModel, config: SqueezeConfig) -> bool:
+    """Follow where a loaded model was put: layers on devices, parts of layers in processes.
+
+    Returns:
+        Whether this process holds a part of the model.
+
+    Raises:
+        UnsupportedError: something of it cannot go there.
+    """
+    done: Swap | None = getattr(model, "squeeze_swap", None)
+    if done is not None:
+        require_tables(model)
+        done.hooks += stand_on_devices(model)
+    split_loaded(model, Plan.from_dict(config.plan))
+    return processes_of(model) is not None
+
+
 def note_folds(model: PreTrainedModel) -> None:
     """Let a loaded model know of the key scales that its weights hold already."""
     done: Swap | None = getattr(model, "squeeze_swap", None)
@@ -280,7 +299,12 @@ def note_folds(model: PreTrainedModel) -> None:
 
 
 def dequantize(model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
-    """Replace packed layers by dense ones holding the same values, and drop the rest."""
+    """Replace packed layers by dense ones holding the same values, and drop the rest.
+
+    Raises:
+        UnsupportedError: this process has a part of the model.
+    """
+    require_whole(model, "dequantize", "Load the model whole")
     dtype = resolve_dtype(dtype or model.dtype)
     done: Swap | None = getattr(model, "squeeze_swap", None)
     if done is not None:

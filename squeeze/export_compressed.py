@@ -1,8 +1,9 @@
 """Export to compressed-tensors: the same numbers in a format that other runtimes load.
 
 Integers become ``pack-quantized``, as many bits as they have. Palettes, for which the format has no
-place, become int8 weights with a scale per output channel (``int-quantized``): exact, because their
-entries are int8 already. Cache and attention settings stay behind.
+place, become int8 or E4M3 weights with a scale per output channel (``int-quantized``,
+``float-quantized``): exact, because their entries are that already. Cache and attention settings
+stay behind.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors.torch import save_file
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 # Widths that do not divide 32 cross word boundaries; readers before this one leave gaps instead.
 DENSE_READER = "0.18.0"
-INTEGERS, CHANNELS = "pack-quantized", "int-quantized"
+INTEGERS = "pack-quantized"
+CHANNELS = {"int": "int-quantized", "float": "float-quantized"}
+Scheme: TypeAlias = tuple[dict[str, Any], str]  # what a group of modules says, and its format
 
 
 def export_compressed_tensors(
@@ -39,7 +42,7 @@ def export_compressed_tensors(
 
     Args:
         model: With ``artifacts`` swapped in.
-        artifacts: Integer weights, and palettes with int8 entries.
+        artifacts: Integer weights, and palettes with int8 or float8 entries.
         folder: Made if missing.
         tokenizer: Saved beside the weights when given.
     Raises:
@@ -53,7 +56,7 @@ def export_compressed_tensors(
             "Use --format squeeze",
         )
     state = {k: v for k, v in model.state_dict().items() if ".squeeze." not in k}
-    schemes: dict[str, tuple[dict[str, Any], str]] = {}
+    schemes: dict[str, Scheme] = {}
     for name, weight in artifacts.weights.items():
         for part in weight.tensors():
             state.pop(f"{name}.{part}")
@@ -83,8 +86,12 @@ def export_compressed_tensors(
         tokenizer.save_pretrained(folder)
 
 
-def _channels(name: str, weight: ClusteredWeight) -> tuple[Tensors, tuple[dict[str, Any], str]]:
-    """Look the entries up: int8 ``[out, in]``, and a scale per output channel."""
+def _channels(name: str, weight: ClusteredWeight) -> tuple[Tensors, Scheme]:
+    """Look the entries up: int8 or E4M3 ``[out, in]``, and a scale per output channel.
+
+    Rounded inputs are asked of the reader, who scales tokens by ``amax / 448``, which is less than
+    ours where that is no power of two: the weights are the same, outputs nearly.
+    """
     if weight.outlier_values is not None:
         raise UnsupportedError(
             f"export: {name}",
@@ -92,21 +99,25 @@ def _channels(name: str, weight: ClusteredWeight) -> tuple[Tensors, tuple[dict[s
             "palettes without them",
             "Run the recipe with sparse_outliers: 0",
         )
-    if weight.codebook.dtype != torch.int8 or weight.scale is None:
+    if weight.scale is None:
         raise UnsupportedError(
             f"export: {name}",
             f"its codebook entries are {weight.codebook.dtype}",
-            "int8 entries with a row scale",
+            "int8 or float8 entries with a row scale",
             "Run the recipe with entries: int8",
         )
-    entries = reconstruct(replace(weight, scale=None)).to(torch.int8)
-    scale = weight.scale.float().view(-1, 1)
-    return {"weight": entries, "weight_scale": scale}, (_scheme(8, True, None), CHANNELS)
+    integers = weight.codebook.dtype == torch.int8
+    kind, dtype = ("int", torch.int8) if integers else ("float", torch.float8_e4m3fn)
+    entries = reconstruct(replace(weight, scale=None)).to(dtype)
+    tensors = {"weight": entries, "weight_scale": weight.scale.float().view(-1, 1)}
+    group = {"weights": _scheme(8, True, None, kind)}
+    if weight.inputs:
+        tokens = {"strategy": "token", "dynamic": True}
+        group["input_activations"] = _scheme(8, True, None, "float") | tokens
+    return tensors, (group, CHANNELS[kind])
 
 
-def _integers(
-    name: str, weight: IntegerWeight, dtype: torch.dtype
-) -> tuple[Tensors, tuple[dict[str, Any], str]]:
+def _integers(name: str, weight: IntegerWeight, dtype: torch.dtype) -> tuple[Tensors, Scheme]:
     """Pack codes as one stream of bits per row, least significant first."""
     group_size = weight.group_size if weight.scale.shape[1] > 1 else None
     if group_size and weight.shape[1] % group_size:
@@ -133,7 +144,8 @@ def _integers(
     }
     if weight.zero is not None:
         tensors["weight_zero_point"] = _pack(zeros.t(), weight.bits).t().contiguous()
-    return tensors, (_scheme(weight.bits, weight.zero is None, group_size), INTEGERS)
+    scheme = _scheme(weight.bits, weight.zero is None, group_size)
+    return tensors, ({"weights": scheme}, INTEGERS)
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:
@@ -151,28 +163,28 @@ def _pack(values: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
-def _scheme(bits: int, symmetric: bool, group_size: int | None) -> dict[str, Any]:
-    """Describe weights to the library."""
+def _scheme(
+    bits: int, symmetric: bool, group_size: int | None, kind: str = "int"
+) -> dict[str, Any]:
+    """Describe weights, or inputs, to the library."""
     sharing = {"strategy": "group", "group_size": group_size} if group_size else {}
     return {
         "num_bits": bits,
-        "type": "int",
+        "type": kind,
         "symmetric": symmetric,
         "strategy": "channel",
         "dynamic": False,
     } | sharing
 
 
-def _quantization_config(
-    schemes: Mapping[str, tuple[dict[str, Any], str]], dense: list[str]
-) -> dict[str, Any]:
+def _quantization_config(schemes: Mapping[str, Scheme], dense: list[str]) -> dict[str, Any]:
     """Group modules by scheme; where there is one alone it is that of every linear layer."""
     import compressed_tensors
 
     groups: dict[str, dict[str, Any]] = {}
-    for name, (scheme, form) in schemes.items():
-        key = json.dumps((scheme, form))
-        group = groups.setdefault(key, {"targets": [], "weights": scheme, "format": form})
+    for name, (said, form) in schemes.items():
+        key = json.dumps((said, form))
+        group = groups.setdefault(key, {"targets": [], "format": form} | said)
         group["targets"].append(name)
     if len(groups) == 1:
         next(iter(groups.values()))["targets"] = ["Linear"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from squeeze.errors import UnsupportedError
+from squeeze.tensor_parallel import local
 from squeeze.types import Tensors
 
 FOLDED = "folded"
@@ -107,4 +108,4 @@ def _parameters(model: nn.Module, tables: Mapping[str, Tensor]) -> Iterator[tupl
                 f"{len(exponent)}, as the key scales have channels",
                 "Use the model that the plan was made for",
             )
-        yield parameter, exponent
+        yield local(parameter, exponent, 0)

@@ -91,7 +91,8 @@ class FusedLayer:
             eps=0.0 if norms[0] is None else norms[0].variance_epsilon,
             implementation=implementation,
         )
-        output, _ = layer.read(query, exact.keys, exact.values, attention.scaling, None)
+        stored = (query, exact.keys, exact.values)
+        output, _ = layer.read(*stored, attention.scaling, None, query.dtype)
         return join_heads(output, query.dtype, implementation=implementation)
 
     def _norm(self, x: Tensor, residual: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:

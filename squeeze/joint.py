@@ -34,6 +34,8 @@ class Joint:
         """Map ``[..., in]`` to one ``[..., out]`` per layer: views of one result where joined."""
         first = self.parts[0]
         bias = self._whole("bias") if first.bias is not None else None
+        if len(set(map(type, self.parts))) > 1:
+            return tuple(part(x) for part in self.parts)
         if isinstance(first, PackedLinear):
             weight = self._weight()
             if weight is None or (first.bias is None) != (bias is None):
@@ -76,8 +78,10 @@ class Joint:
         return type(packed)(**fields)
 
     def _whole(self, name: str) -> Tensor | None:
-        """View what lies one after another in one storage."""
-        tensors = [getattr(part, name) for part in self.parts]
+        """View what lies one after another in one storage; ``None`` where a layer has it not."""
+        tensors: list[Any] = [getattr(part, name, None) for part in self.parts]
+        if any(tensor is None for tensor in tensors):
+            return None
         first, rows, end = tensors[0], 0, tensors[0].storage_offset()
         for tensor in tensors:
             together = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()

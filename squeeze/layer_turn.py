@@ -45,6 +45,7 @@ class Turn:
         self.quantized = len(self.inputs) > 1
         self.sums: Sums = {}
         self.weights: TokenWeights = []
+        self.finished = False  # whether dense outputs have taken the place of dense inputs
 
     def guide(self, guidance: Guidance) -> None:
         """Learn what gradients tell of this layer."""
@@ -74,12 +75,15 @@ class Turn:
         return [*found, list(left.values())] if left else found
 
     @torch.no_grad()
-    def measure(self, rows: Sequence[WeightPlan], tokens: Tensor) -> tuple[Stats, Tensors]:
+    def measure(
+        self, rows: Sequence[WeightPlan], tokens: Tensor, last: bool = False
+    ) -> tuple[Stats, Tensors]:
         """Collect the statistics of some rows, and what to fit for them.
 
         Args:
             rows: Of this layer.
             tokens: Of all processes, to count.
+            last: Whether no other rows follow, so that the dense layer may run to its end.
 
         Returns:
             Statistics, and by module the weights to fit, float32 ``[out, in]``, on the device.
@@ -90,7 +94,7 @@ class Turn:
             owner = name if name in owners else name.rpartition(".")[0]
             if owner in owners:
                 wanted[name] = [kind for kind in MOMENTS if kind in owners[owner]]
-        moments, crossed = self._moments(wanted)
+        moments, crossed = self._moments(wanted, last)
         tensors: Sums = {}
         for statistic, sums in [*self.sums.items(), *moments.items()]:
             count = len(tokens) if statistic == "fisher" else tokens.numel()
@@ -117,8 +121,8 @@ class Turn:
     @torch.no_grad()
     def carry(self) -> None:
         """Replace the inputs of all samples by the layer's outputs."""
-        for runner, inputs in zip(self.runners, self.inputs, strict=True):
-            for sample, call in enumerate(self.calls):
+        for which, (runner, inputs) in enumerate(zip(self.runners, self.inputs, strict=True)):
+            for sample, call in enumerate(() if self.finished and which == 0 else self.calls):
                 inputs[sample] = call.run(runner, self.layers.widen(inputs[sample])).cpu()
 
     def _name(self, inside: str) -> str:
@@ -127,11 +131,12 @@ class Turn:
     def _inside(self, row: WeightPlan) -> str:
         return row.module.removeprefix(self._name(""))
 
-    def _moments(self, wanted: Mapping[str, Sequence[str]]) -> tuple[Sums, Sums]:
+    def _moments(self, wanted: Mapping[str, Sequence[str]], last: bool) -> tuple[Sums, Sums]:
         """Sum ``w y y^T``, and where inputs differ ``w (x - y) y^T``, over the tokens of modules.
 
         Args:
             wanted: Module to the kinds of moments: with token weights w or without.
+            last: Whether dense outputs may take the place of dense inputs.
 
         Returns:
             Both by kind and module, added up over processes.
@@ -146,7 +151,10 @@ class Turn:
         }
         names = {name for name, own in kinds.items() if own}
         for sample in range(len(self.calls) if names else 0):
-            reads = [self._read(which, sample, names) for which in range(len(self.runners))]
+            reads = [
+                self._read(which, sample, names, finish=last and which == 0)
+                for which in range(len(self.runners))
+            ]
             for name, found in reads[0].items():
                 x = found.flatten(0, -2).float()
                 moved = self.quantized and name not in apart
@@ -157,6 +165,7 @@ class Turn:
                     add(moments[kind], name, z.T @ z)
                     if moved:
                         add(crossed[kind], name, ((x - y) * root).T @ z)
+        self.finished = last and bool(names)
         moments, crossed = processes.add_up(moments), processes.add_up(crossed)
         guided = moments["guided_hessian"]
         moments["guided_hessian"] = {name: total[None] for name, total in guided.items()}
@@ -174,8 +183,12 @@ class Turn:
             )
         return found.to(self.layers.device).sqrt()[:, None]
 
-    def _read(self, which: int, sample: int, names: Collection[str]) -> Tensors:
+    def _read(
+        self, which: int, sample: int, names: Collection[str], finish: bool = False
+    ) -> Tensors:
         """Run one copy of the layer on a sample until all these modules were called.
+
+        To ``finish`` is to run it to its end and to put its output in place of its input.
 
         Returns:
             Module to its input, in the order of the calls.
@@ -186,14 +199,16 @@ class Turn:
         def observe(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen[name] = args[0]
             left.discard(name)
-            if not left:
+            if not left and not finish:
                 raise _Enough
 
         modules = [(name, self.runners[which].get_submodule(name)) for name in names]
         handles = [m.register_forward_pre_hook(partial(observe, name)) for name, m in modules]
         try:
             hidden = self.layers.widen(self.inputs[which][sample])
-            self.calls[sample].run(self.runners[which], hidden)
+            output = self.calls[sample].run(self.runners[which], hidden)
+            if finish:
+                self.inputs[which][sample] = output.cpu()
         except _Enough:
             pass
         finally:

@@ -183,8 +183,9 @@ class _Walk:
             done = _Done({}, {})
             if rows:
                 turn.guide(self.guidance)
-            for stage in turn.stages(rows):
-                stats, targets = turn.measure(stage, self.tokens)
+            stages = turn.stages(rows)
+            for stage in stages:
+                stats, targets = turn.measure(stage, self.tokens, last=stage is stages[-1])
                 part = replace(self.plan, weights=tuple(stage))
                 found = fit_weights(
                     self.model, part, stats, self.tables,

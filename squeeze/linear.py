@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from squeeze.kernels.float8_linear import api as float8
 from squeeze.kernels.integer_linear import api as integer
 from squeeze.kernels.lut_linear import api as lut
 from squeeze.types import ClusteredWeight, Implementation, IntegerWeight, PackedWeight
@@ -39,7 +40,13 @@ class PackedLinear(PackedBuffers):
         weight: What the weight method produced, or its ``empty`` for loading a checkpoint.
         bias: ``[out]`` or ``None``; becomes a parameter without gradient.
         implementation: ``reference`` or ``triton``, as the plan resolved it.
+
+    Attributes:
+        part: Computes a call where this is one process's part of a layer
+            (``squeeze.tensor_parallel``).
     """
+
+    part: Callable[[PackedLinear, Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -80,7 +87,7 @@ class PackedLinear(PackedBuffers):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""
-        return self.product(x, self.bias)
+        return self.product(x, self.bias) if self.part is None else self.part(self, x)
 
     def reconstruct(self) -> Tensor:
         """Return the dense weight, float32 ``[out, in]``."""
@@ -113,7 +120,7 @@ class ClusteredLinear(PackedLinear):
         implementation: Implementation = Implementation.REFERENCE,
     ) -> None:
         super().__init__(weight, bias, implementation)
-        self.rows, self.columns = weight.rows, weight.columns
+        self.rows, self.columns, self.inputs = weight.rows, weight.columns, weight.inputs
         for name in ("scale", "outlier_values", "outlier_columns", "outlier_offsets"):
             if getattr(weight, name) is None:
                 self.register_buffer(name, None)
@@ -132,6 +139,7 @@ class ClusteredLinear(PackedLinear):
             self.outlier_values,
             self.outlier_columns,
             self.outlier_offsets,
+            self.inputs,
         )
 
     @property
@@ -141,7 +149,7 @@ class ClusteredLinear(PackedLinear):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]`` with another bias, or none."""
-        return lut.lut_linear(x, self.clustered, bias, implementation=self.implementation)
+        return multiply(x, self.clustered, bias, self.implementation)
 
 
 class IntegerLinear(PackedLinear):
@@ -189,6 +197,8 @@ def multiply(
     """Compute ``x @ W.T + bias`` for any packed weight."""
     if isinstance(weight, IntegerWeight):
         return integer.integer_linear(x, weight, bias, implementation=implementation)
+    if weight.inputs == "float8":
+        return float8.float8_linear(x, weight, bias, implementation=implementation)
     return lut.lut_linear(x, weight, bias, implementation=implementation)
 
 

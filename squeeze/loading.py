@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from squeeze.errors import CheckpointError
 from squeeze.model_info import load_config, locate
+from squeeze.tensor_parallel import processes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,19 +21,27 @@ def load_model(
     device: str = "cpu",
     dtype: Any = None,
     trust_remote_code: bool = False,
+    tp_plan: Any = None,
 ) -> PreTrainedModel:
     """Load a causal language model, dense or squeezed, in its checkpoint's own dtype.
+
+    With ``tp_plan``, ``"auto"`` or a mapping as transformers takes it, all processes that torchrun
+    started load it together, each its part, and ``device`` is theirs to choose.
 
     Raises:
         CheckpointError: missing, truncated or damaged files; the message names them.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
 
     load_config(source, trust_remote_code)
     path = locate(source)
+    options: dict[str, Any] = {}
+    if tp_plan is not None:
+        options["distributed_config"] = DistributedConfig(tp_plan=tp_plan)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+            path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **options
         )
     except (SafetensorError, OSError, EOFError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
@@ -43,6 +52,8 @@ def load_model(
             "Copy or download the model again",
         ) from error
     moved: Any = model.eval()
+    if processes_of(model) is not None:
+        return moved  # type: ignore[no-any-return]
     return moved.to(device)  # type: ignore[no-any-return]
 
 

@@ -148,7 +148,13 @@ def lines(plan: Plan) -> Iterable[str]:
 
 
 def _steps(plan: Plan) -> Iterable[str]:
-    """Say which layers a recorded decode step fuses, and why not the others."""
+    """Say which layers a recorded decode step fuses, why not the others, or why it is launched."""
+    dense = [row.layer for row in plan.kv_cache if not row.keys]
+    if plan.steps and (plan.offload or dense):
+        reason = f"layers {ranges(dense)} keep their own cache"
+        reason = "kv_cache.offload is on" if plan.offload else reason
+        yield f"decode steps are not recorded: {reason}"
+        return
     groups: dict[str, list[int]] = {}
     for row in plan.steps:
         groups.setdefault(row.reason, []).append(row.layer)

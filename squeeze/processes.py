@@ -1,4 +1,4 @@
-"""Processes that calibrate together: each reads its samples, and what they measure is joined.
+"""Processes that calibrate or evaluate together: each has its samples, and results are joined.
 
 Outside an initialised ``torch.distributed`` there is one process, and nothing is sent.
 """
@@ -25,7 +25,7 @@ def join(device: str | None) -> str | None:
     Returns:
         The device of this process: its own GPU where there are GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _together():
+    if started() == 1 or _together():
         return device
     on_gpu = torch.cuda.is_available() and (device is None or device.startswith("cuda"))
     distributed.init_process_group("nccl" if on_gpu else "gloo")
@@ -33,6 +33,11 @@ def join(device: str | None) -> str | None:
         return device
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return f"cuda:{torch.cuda.current_device()}"
+
+
+def started() -> int:
+    """Return how many processes torchrun or accelerate started, joined or not yet."""
+    return count() if _together() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
@@ -79,6 +84,15 @@ def append(parts: Named, dim: int) -> Named:
         pieces = zip(whole, sizes, strict=True)
         result[statistic][name] = torch.cat([t.cpu().narrow(dim, 0, n) for t, n in pieces], dim)
     return result if count() > 1 else parts
+
+
+def gather(own: list[T]) -> list[T]:
+    """Join the lists of all processes, in their order."""
+    if not _together():
+        return own
+    found: list[Any] = [None] * count()
+    distributed.all_gather_object(found, own)
+    return [item for items in found for item in items]
 
 
 def from_first(make: Callable[[], T]) -> T:

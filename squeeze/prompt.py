@@ -26,6 +26,7 @@ from squeeze.cache.saved import export_layer, load_layer
 from squeeze.cache_hook import new_cache, packing_states
 from squeeze.errors import CheckpointError, UnsupportedError
 from squeeze.prompt_identity import check_identity, identity
+from squeeze.tensor_parallel import require_whole
 from squeeze.types import Tensors
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 HEADER = "squeeze_prompt"
+SPLIT_REMEDY = "Prefill again, or load the model without tp_plan"
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,12 @@ def save_prompt(
         overwrite: Replace a file that is there.
 
     Raises:
-        UnsupportedError: the cache is not this model's packed one, or ``tokens`` are not its own.
+        UnsupportedError: the cache is not this model's packed one, ``tokens`` are not its own, or
+            the model is split over processes.
         CheckpointError: the file exists and ``overwrite`` is not set.
     """
     path = Path(path)
+    require_whole(model, "save_prompt", SPLIT_REMEDY)
     if path.exists() and not overwrite:
         raise CheckpointError(
             str(path), "exists", "a new file", "Choose another, or overwrite=True"
@@ -115,9 +119,10 @@ def load_prompt(
     Raises:
         CheckpointError: the file is damaged, of a newer format, or of another model, other settings
             or another prompt; the message says which.
-        UnsupportedError: the model packs no cache.
+        UnsupportedError: the model packs no cache, or is split over processes.
     """
     path = Path(path)
+    require_whole(model, "load_prompt", SPLIT_REMEDY)
     states = packing_states(model, "load_prompt")
     if into is not None and into.get_seq_length():
         raise UnsupportedError(

@@ -13,6 +13,8 @@ from transformers.quantizers import (
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from squeeze.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -45,6 +47,7 @@ class SqueezeQuantizer(HfQuantizer):
     """Rebuild the modules before the weights are read, and choose implementations after."""
 
     requires_calibration = True
+    splits = False  # this process holds a part of what was loaded
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
@@ -63,12 +66,24 @@ class SqueezeQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         from squeeze import export
 
+        self.splits = export.spread(model, self.quantization_config)  # type: ignore[arg-type]
         export.choose_implementations(model)
         export.note_folds(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Say that ``save_pretrained`` may write the model."""
+        """Say that ``save_pretrained`` may write the model.
+
+        Raises:
+            UnsupportedError: this process has a part of the model.
+        """
+        if self.splits:
+            raise UnsupportedError(
+                "save_pretrained",
+                "the model is split over processes by tensor parallelism",
+                "a whole model",
+                "Copy the checkpoint that it was loaded from",
+            )
         return True
 
     @property

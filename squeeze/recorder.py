@@ -67,7 +67,8 @@ class CudaGraphs:
 
     def _capture(self, work: Callable[[], Any]) -> tuple[Any, Any]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # What other threads ask of the device in the meantime is none of this work's business.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             result = work()
         return graph, result
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from squeeze.errors import UnsupportedError
 from squeeze.plan import WeightPlan
 from squeeze.plan_scaling import readers
+from squeeze.tensor_parallel import local
 from squeeze.types import IntegerWeight, StoredWeight, Tensors
 
 Scales = dict[str, tuple[Tensor, int]]
@@ -70,7 +71,7 @@ def scale(model: nn.Module, scales: Scales) -> None:
             changed then.
     """
     for name, (found, dim) in scales.items():
-        parameter = model.get_parameter(name)
+        parameter, found = local(model.get_parameter(name), found, dim)
         once = _scaled(parameter, found, dim)
         if not torch.equal(_scaled(once, -found, dim), parameter):
             dtype = str(parameter.dtype).removeprefix("torch.")
@@ -81,14 +82,16 @@ def scale(model: nn.Module, scales: Scales) -> None:
                 "Load the model in bfloat16, or set scaling: none",
             )
     for name, (found, dim) in scales.items():
-        model.get_parameter(name).copy_(_scaled(model.get_parameter(name), found, dim))
+        parameter, found = local(model.get_parameter(name), found, dim)
+        parameter.copy_(_scaled(parameter, found, dim))
 
 
 @torch.no_grad()
 def unscale(model: nn.Module, scales: Scales) -> None:
     """Undo ``scale``."""
     for name, (found, dim) in scales.items():
-        model.get_parameter(name).copy_(_scaled(model.get_parameter(name), -found, dim))
+        parameter, found = local(model.get_parameter(name), found, dim)
+        parameter.copy_(_scaled(parameter, -found, dim))
 
 
 def _scaled(x: Tensor, exponents: Tensor, dim: int) -> Tensor:

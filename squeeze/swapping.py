@@ -15,6 +15,7 @@ from squeeze import registry
 from squeeze.attention import KVSettings, LayerState, register
 from squeeze.cache_hook import CacheHook
 from squeeze.decode_step import attach, detach
+from squeeze.devices import device_of, require_in_place, stand_on_devices
 from squeeze.errors import UnsupportedError
 from squeeze.experts import PackedStack, expert_matrices, keep_names, replace_experts
 from squeeze.folding import fold, folded_tables, unfold
@@ -32,6 +33,7 @@ from squeeze.scaling import Scales, exponents_of, parameter_scales, scale, unsca
 from squeeze.sparse_inputs import InputState, Phase
 from squeeze.sparse_inputs import attach as attach_input
 from squeeze.sparse_inputs import detach as detach_input
+from squeeze.tensor_parallel import check_model, split_linear, split_state
 from squeeze.types import Implementation, StoredWeight, Tensors, resolve_dtype
 
 
@@ -160,7 +162,8 @@ def swap(model: PreTrainedModel, artifacts: Artifacts, *, keep_dense: bool = Tru
         keep_dense: Keep the dense weights in memory for ``restore``; ``False`` frees them.
 
     Raises:
-        UnsupportedError: the model is squeezed already, is another model, or fails the self-test.
+        UnsupportedError: the model is squeezed already, is another model, fails the self-test, or
+            is spread over devices or processes in a way that cannot be followed.
     """
     if getattr(model, "squeeze_swap", None) is not None:
         raise UnsupportedError(
@@ -169,6 +172,8 @@ def swap(model: PreTrainedModel, artifacts: Artifacts, *, keep_dense: bool = Tru
             "a dense model",
             "Restore it first, or load it again",
         )
+    require_in_place(model)
+    check_model(model, artifacts.plan)
     done = Swap(model)
     packs = any(row.keys for row in artifacts.plan.kv_cache)
     expected = _two_calls(model) if packs else None
@@ -181,11 +186,12 @@ def swap(model: PreTrainedModel, artifacts: Artifacts, *, keep_dense: bool = Tru
         folded = folded_tables(artifacts.tables)
         fold(model, folded)
         done.folded = folded
+        if expected is not None:
+            _self_test(model, expected, rounding)
+        # After the test: where a bias is scaled, its weight is once the packed one stands there.
         scales = _input_scales(model, artifacts)
         scale(model, scales)
         done.scales = scales
-        if expected is not None:
-            _self_test(model, expected, rounding)
         modules = dict(model.named_modules())
         _swap_experts(done, artifacts)
         for row in artifacts.plan.weights:
@@ -201,7 +207,7 @@ def swap(model: PreTrainedModel, artifacts: Artifacts, *, keep_dense: bool = Tru
                 dtype=original.weight.dtype,
                 implementation=Implementation(row.implementation),
             )
-            replace_module(model, row.module, replacement)
+            replace_module(model, row.module, split_linear(model, row.module, replacement))
         attach_inputs(done, artifacts.plan, artifacts.tables)
     except BaseException:
         done.restore()
@@ -215,6 +221,7 @@ def swap(model: PreTrainedModel, artifacts: Artifacts, *, keep_dense: bool = Tru
 def finish(done: Swap) -> None:
     """Give the model ``squeeze_swap``, ``squeeze_statistics`` and, over a packed cache, a step."""
     model: Any = done.model
+    done.hooks += stand_on_devices(model)
     model.squeeze_swap = done
     model.squeeze_statistics = MethodType(statistics, model)
     if any(state.kv is not None for state in done.states.values()):
@@ -258,8 +265,8 @@ def attach_attention(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> No
     name = register(dense)
     modules = {row.layer: row.module for row in plan.kv_cache}
     modules |= {row.layer: row.module for row in plan.prefill}
-    device = next(model.parameters()).device
     for layer, module in modules.items():
+        device = device_of(model, module)
         row, policy = kv.get(layer), prefill.get(layer)
         prefix = f"{module}.squeeze."
         state = LayerState(
@@ -275,6 +282,7 @@ def attach_attention(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> No
                 if n.startswith(prefix)
             },
         )
+        split_state(model, module, state)
         model.get_submodule(module).squeeze = state
         done.states[layer], done.names[layer] = state, module
     done.dense = dense
@@ -288,9 +296,9 @@ def attach_attention(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> No
 
 def attach_mixers(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> None:
     """Give the mixers that the plan names our forward, and the scales of their activations."""
-    device = next(done.model.parameters()).device
     modules = dict(done.model.named_modules())
     for row in plan.mixers:
+        device = device_of(done.model, row.module)
         if type(modules.get(row.module)).__name__ not in MIXERS:
             raise UnsupportedError(
                 f"swap: {row.module}",
@@ -313,8 +321,8 @@ def attach_inputs(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> None:
     if not plan.activations:
         return
     phase = Phase()
-    device = next(done.model.parameters()).device
     for row in plan.activations:
+        device = device_of(done.model, row.module)
         threshold = _move(tables[f"{row.module}.squeeze.threshold"], device)
         linear = done.model.get_submodule(row.module)
         attach_input(linear, InputState(threshold, phase, Implementation(row.implementation)))

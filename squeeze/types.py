@@ -132,8 +132,8 @@ class ClusteredWeight:
 
     Attributes:
         indices: int32 ``[out, words]``; the layout is ``squeeze.kernels.bits``'s, along ``in``.
-        codebook: ``[out / rows, in / columns, 2**bits]`` (divisions round up), float16, or int8
-            when ``scale`` is given; ascending.
+        codebook: ``[out / rows, in / columns, 2**bits]`` (divisions round up), float16, or where
+            ``scale`` is given int8, or uint8 that is the bits of E4M3; ascending.
         scale: float16 ``[out]``, multiplies the codebook entries of each row, or ``None``.
         bits: Width of one index, 1 to 8.
         shape: ``(out, in)`` of the dense matrix.
@@ -142,6 +142,7 @@ class ClusteredWeight:
         outlier_values: float16 ``[n]``, added to single weights, by rows; or ``None``.
         outlier_columns: int16 ``[n]``, the bits of their unsigned column numbers.
         outlier_offsets: int32 ``[out + 1]``: those of row ``o`` begin at its entry ``o``.
+        inputs: ``"float8"``: each token's inputs are rounded to E4M3 under a scale of their own.
     """
 
     indices: Tensor
@@ -154,6 +155,7 @@ class ClusteredWeight:
     outlier_values: Tensor | None = None
     outlier_columns: Tensor | None = None
     outlier_offsets: Tensor | None = None
+    inputs: str | None = None
 
     @property
     def nbytes(self) -> int:

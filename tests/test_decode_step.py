@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import squeeze
 from squeeze.cache import StaticPackedCache
 from squeeze.cache import static as static_module
+from squeeze.decode_step import OFTEN
 from squeeze.errors import SqueezeWarning, UnsupportedError
 from squeeze.recorder import CudaGraphs
+from squeeze.step_encode import KEY
 from tests import tiny
 from tests.test_cache import RECIPE, squeezed
 from tests.test_salience import artifacts as protecting
@@ -78,7 +80,7 @@ def recorded(name: str = "llama", recipe: dict[str, Any] | None = None) -> tuple
     """Make a squeezed model that records its steps."""
     model = squeezed(name, recipe).model if recipe else squeezed(name).model
     traces = model.squeeze_step.recorder = Traces()
-    model.squeeze_step.enabled = True
+    assert model.squeeze_step.enabled
     return model, traces
 
 
@@ -160,10 +162,37 @@ def test_steps_of_several_tokens_are_recorded_and_cropped() -> None:
     model, traces = recorded("llama", {"kv_cache": {**RECIPE["kv_cache"], "residual_length": 32}})
     ids = tiny.prompt(1, 12)["input_ids"].repeat(1, 6)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    settings = {"do_sample": False, "max_new_tokens": 80, "prompt_lookup_num_tokens": 4}
-    ours, theirs = both(model, inputs, **settings)
-    assert torch.equal(ours, theirs)
-    assert traces.recorded >= 2 and traces.replayed > 10
+    settings = {"do_sample": False, "max_new_tokens": 150, "prompt_lookup_num_tokens": 4}
+    ours, theirs = both(model, inputs, **settings, return_dict_in_generate=True)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    recordings = ours.past_key_values.recordings
+    often = {kind for kind, count in recordings.asked.items() if kind[1] == 1 or count > OFTEN}
+    assert {kind for kind in recordings if kind != KEY} == often != set(recordings.asked)
+    assert traces.recorded == sum(recordings[kind].replay is not None for kind in often) == 2
+    assert traces.replayed > 10
+
+
+@torch.no_grad()
+def test_kinds_beyond_a_few_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("squeeze.decode_step.MOST_RECORDINGS", 2)
+    model, traces = recorded()
+    ids = tiny.prompt(1, 80)["input_ids"]
+    cache, own = (model(ids[:, :20]).past_key_values for _ in range(2))
+    for _ in range(OFTEN + 3):
+        for steps in (1, 2, 3):
+            model.squeeze_step.enabled = True
+            ours = model(ids[:, :steps], past_key_values=cache).logits
+            model.squeeze_step.enabled = False
+            theirs = model(ids[:, :steps], past_key_values=own).logits
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert traces.recorded == 2 and cache.get_seq_length() == own.get_seq_length()
+
+
+def test_reference_implementations_on_a_gpu_are_launched_without_a_word() -> None:
+    model, _ = recorded()
+    model.squeeze_step.recorder = CudaGraphs()
+    out = model.generate(**tiny.prompt(1, 20), **ALL, max_new_tokens=5)
+    assert not isinstance(out.past_key_values, StaticPackedCache)
 
 
 def test_a_static_cache_of_the_callers_own_is_recorded_until_it_is_full() -> None:

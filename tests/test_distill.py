@@ -39,9 +39,10 @@ def divergence(model, artifacts, ids):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"iterations": 1}, {"hidden": 1.0, "entries": "float16"}, {"codebook_steps": 12},
+    {}, {"derivative": "straight"}, {"iterations": 1}, {"hidden": 1.0, "entries": "float16"},
+    {"codebook_steps": 12},
     {"uniquify": True, "marshal": True, "granularity": "tensor", "iterations": 1},
-], ids=["entries", "means", "hidden", "codebooks", "tensor"])  # fmt: skip
+], ids=["entries", "straight", "means", "hidden", "codebooks", "tensor"])  # fmt: skip
 def test_the_squeezed_model_comes_nearer_to_the_dense_one(changes):
     model, start, tokens = setting(**changes)
     ids = torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(6))
@@ -112,8 +113,10 @@ def test_nothing_to_train_changes_nothing():
     assert distill(model, start, tokens) is start
 
 
-def test_a_run_trains():
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_a_run_trains(own):
     rule = {**RULE, "targets": ["re:layers.0.mlp.down_proj"], "batch": 1, "entry_rate": 0.05}
+    rule["own_text"] = own
     found = []
     for steps in (0, 1):
         raw = {"weights": [{**rule, "steps": steps}], "calibration": {"length": 32}}

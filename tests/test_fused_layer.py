@@ -241,6 +241,27 @@ def test_layers_that_differ_stay_apart(parts: list[Any], reason: str) -> None:
         assert not Joint(parts).join()
 
 
+@pytest.mark.parametrize("targets", [["k_proj", "up_proj"], ["q_proj", "gate_proj"]])
+def test_packed_layers_beside_dense_ones_stay_apart(targets: list[str]) -> None:
+    weights = [{**PALETTE[0], "targets": targets}]
+    model, traces = prepared(randomised("qwen2"), with_weights(weights))
+    assert_same(*both(model, tiny.prompt(2, 50), **ALL, max_new_tokens=10))
+    assert model.squeeze_step.compared and traces.replayed == 7
+
+
+def test_fused_layers_that_fail_are_said_and_not_run(monkeypatch: Any) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("cos is float32")
+
+    model, traces = prepared(randomised("llama"))
+    monkeypatch.setattr("squeeze.fused_layer.rope_append", fails)
+    inputs = tiny.prompt(2, 50)
+    with pytest.warns(SqueezeWarning, match=r"fused layers fail \(cos is float32\), so layers run"):
+        ours, theirs = both(model, inputs, **ALL, max_new_tokens=10)
+    assert_same(ours, theirs)
+    assert not model.squeeze_step.fuses and traces.replayed == 6
+
+
 def test_weights_of_several_bits_stay_apart() -> None:
     weights = [{**PALETTE[0], "bits": 3}, {**PALETTE[0], "bits": 4, "targets": ["q_proj"]}]
     model, _ = prepared(randomised("llama"), with_weights(weights))
@@ -258,3 +279,9 @@ def test_the_plan_says_which_layers_are_fused() -> None:
     reason = "Phi3DecoderLayer is none of the classes that are spelled out"
     assert f"recorded decode steps: layers 0-1 run as they are: {reason}" in plan.table()
     assert "recorded" not in api.plan({"weights": PALETTE}, tiny.model("llama")).table()
+    offloaded = {"kv_cache": {**RECIPE["kv_cache"], "offload": True}}
+    reason = "kv_cache.offload is on"
+    table = api.plan(offloaded, tiny.model("llama")).table()
+    assert f"decode steps are not recorded: {reason}" in table
+    table = api.plan(RECIPE, tiny.model("gemma3")).table()
+    assert "decode steps are not recorded: layers 0 keep their own cache" in table

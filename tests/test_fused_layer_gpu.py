@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.decode_step import squeeze_model
 from squeeze.loading import load_model
@@ -56,20 +58,26 @@ def test_fused_steps_give_the_logits_of_unfused_ones(model: Any, rows: int, step
     assert (found.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.98
 
 
-def test_a_fused_layer_is_about_fifteen_launches(model: Any) -> None:
-    from torch.profiler import ProfilerActivity, profile
+def launches(call: Callable[[], Any]) -> int:
+    """Count the kernels that a call runs."""
+    with warnings.catch_warnings():
+        # torch says so of every profile that does not add up several.
+        warnings.filterwarnings("ignore", "Warning: Profiler clears events")
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            call()
+            torch.cuda.synchronize()
+        return sum(event.count for event in seen.key_averages())
 
+
+@torch.no_grad()
+def test_a_fused_layer_is_about_fifteen_launches(model: Any) -> None:
     counts = {}
     for fuses in (True, False):
         ids = tokens(1, 510)
         model.squeeze_step.fuses = fuses
-        with torch.no_grad():
-            cache = model(ids[:, :500], logits_to_keep=1).past_key_values
-            for t in range(500, 506):
-                model(ids[:, t : t + 1], past_key_values=cache)
-            with profile(activities=[ProfilerActivity.CUDA]) as seen:
-                model(ids[:, 506:507], past_key_values=cache)
-                torch.cuda.synchronize()
-        counts[fuses] = sum(event.count for event in seen.key_averages())
+        cache = model(ids[:, :500], logits_to_keep=1).past_key_values
+        for t in range(500, 506):
+            model(ids[:, t : t + 1], past_key_values=cache)
+        counts[fuses] = launches(lambda: model(ids[:, 506:507], past_key_values=cache))  # noqa: B023
     print(f"launches of a step of {LAYERS} layers: {counts}")
     assert counts[True] <= counts[False] - 25 * LAYERS

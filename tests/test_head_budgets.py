@@ -74,7 +74,7 @@ def test_the_loss_is_the_error_of_what_the_head_adds_to_the_stream():
     first, second = plan.prefill
     stats = measure_curves(model, plan, ids.tolist())
     curves = stats.tensors[PREFILL_CURVES][second.module]
-    assert curves.shape == (4, 10, 2)
+    assert curves.shape == (4, 11, 2)
     seen = {}
     hooks = [
         model.get_submodule(second.module).register_forward_hook(
@@ -177,7 +177,7 @@ def test_finished_curves_are_found_again(tmp_path, monkeypatch):
 def test_a_bound_below_every_head_is_said():
     model = tiny.model("llama")
     plan = api.plan(RECIPE, model)
-    curves = {row.module: torch.full((4, 10, 2), 0.9) for row in plan.prefill}
+    curves = {row.module: torch.full((4, 11, 2), 0.9) for row in plan.prefill}
     made = allocate_prefill(plan, Stats({PREFILL_CURVES: curves}, 1, 100), 0.5)
     assert "over the bound of 0.5: no budget reads less" in made.notes[-1]
 
@@ -185,7 +185,7 @@ def test_a_bound_below_every_head_is_said():
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        ({"prefill": {"method": "moba"}, "mean_density": 0.3}, r"'moba' has no budget per head"),
+        ({"prefill": {"method": "grid"}, "mean_density": 0.3}, r"'grid' has no budget per head"),
         ({"prefill": POLICY, "mean_density": 1.5}, r"mean_density: got 1.5"),
         ({"prefill": POLICY, "mean_density": 0.3, "length": 100}, r"length: got 100"),
     ],

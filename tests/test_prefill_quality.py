@@ -1,6 +1,8 @@
 """The table of prefill quality: rows are found, cells measured and shown as they are."""
 
+import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -71,6 +73,20 @@ def test_the_command_writes_cells_and_reasons(pico, tmp_path, monkeypatch, capsy
     reason = rows["custom attention.prefill.mask=tests.nowhere:mask"]["cells"]["320"]["error"]
     assert "cannot be imported" in reason
     assert f"could not run: {reason}" in capsys.readouterr().out
+
+
+def fatal(row, length, settings, threads):
+    if row.name == "custom":
+        os._exit(7)
+    return {"process": os.getpid()}
+
+
+def test_a_cell_that_dies_takes_no_other_along():
+    rows = command.choose("custom,dense,moba", [])
+    cells = [(row, 320) for row in rows]
+    found = {row.name: cell for row, _, cell in command.run_cells(cells, None, 2, fatal)}
+    assert isinstance(found["custom"], BrokenProcessPool)
+    assert found["dense"]["process"] != found["moba"]["process"]
 
 
 def in_this_process(cells, settings, jobs, measured):

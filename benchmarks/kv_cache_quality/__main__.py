@@ -20,7 +20,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -114,12 +114,19 @@ def run_cells(
     jobs: int,
     measure: Callable[[Row, int, Settings, int], dict[str, Any]],
 ) -> Iterator[tuple[Row, int, dict[str, Any] | BaseException]]:
-    """Measure cells in processes of their own; yield each, or the error that ended it."""
+    """Measure each cell in a process of its own; yield it, or the error that ended it.
+
+    A fault on a GPU ruins the process that met it, so none measures a second cell.
+    """
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+
+    def alone(row: Row, length: int) -> dict[str, Any]:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            return process.submit(measure, row, length, settings, threads).result()
+
+    with ThreadPoolExecutor(jobs) as pool:
         waiting: dict[Future[dict[str, Any]], tuple[Row, int]] = {
-            pool.submit(measure, row, length, settings, threads): (row, length)
-            for row, length in cells
+            pool.submit(alone, row, length): (row, length) for row, length in cells
         }
         for future in as_completed(waiting):
             error = future.exception()

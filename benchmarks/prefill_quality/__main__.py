@@ -7,9 +7,10 @@ Run from the repository root::
     python -m benchmarks.prefill_quality --rows antidiagonal --set attention.mean_density=0.2
 
 A cell is one row at one length: perplexity of the last tokens of the validation books and retrieval
-of facts in prefill mode, retrieval in decode mode, density and recall by head. Cells run in
-``--jobs`` processes; afterwards, on a GPU, index and kernel of every row are timed alone. Each goes
-to the file of results as it comes; ``--fresh`` starts over. With ``--set`` rows get the change's
+of facts in prefill mode, retrieval in decode mode, density and recall by head. Each cell runs in a
+process of its own, ``--jobs`` at a time, the rows in the order of ``--rows``; afterwards, on a GPU,
+index and kernel of every row are timed alone. Each goes to the file of results as it comes;
+``--fresh`` starts over. With ``--set`` rows get the change's
 name too, so that settings stand beside one another. The tables in ``docs/prefill.md`` are written
 from the file when it is the one in ``benchmarks/results``; ``--rows ""`` does only that.
 """
@@ -36,6 +37,7 @@ from squeeze.errors import RecipeError, SqueezeError, nearest
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "prefill_quality.json"
 LENGTHS = (8192, 32768)
+MIN_LENGTH = 1024
 
 
 def main() -> int:
@@ -59,6 +61,8 @@ def discover() -> dict[str, Row]:
     for name in recipe.shipped():
         made = recipe.load(name)
         if made.attention and made.attention.prefill and not (made.weights or made.kv_cache):
+            # Policies act at every length of the table, where dense attention is faster too.
+            made = recipe.load(name, [f"attention.prefill.min_length={MIN_LENGTH}"])
             rows.append(Row(name, RECIPE, made.to_dict()))
     return {row.name: row for row in rows}
 
@@ -103,7 +107,7 @@ def _options() -> argparse.Namespace:
 
 
 def _measured(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the chosen cells, longest first, then speed, and write each as it comes."""
+    """Measure the chosen cells, row by row, then speed, and write each as it comes."""
     output: Path = options.output
     rows = choose(options.rows, options.set)
     if not rows:
@@ -114,7 +118,7 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
     result = results.empty({**results.conditions(settings), "mode": "prefill"})
     if output.is_file() and not options.fresh:
         result = results.merge(results.read(output), result, str(output))
-    cells = [(row, length) for length in sorted(options.lengths, reverse=True) for row in rows]
+    cells = [(row, length) for row in rows for length in sorted(options.lengths, reverse=True)]
     done = run_cells(cells, settings, options.jobs, measure)
     for number, (row, length, cell) in enumerate(done, start=1):
         results.put(result, row, length, cell)

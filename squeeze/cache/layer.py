@@ -205,8 +205,12 @@ class PackedLayer(DynamicLayer):
         exact_values: Tensor,
         scaling: float,
         softcap: float | None,
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
-        """Attend to the packed blocks and to exact slots that hold the current tokens too."""
+        """Attend to the packed blocks and to exact slots that hold the current tokens too.
+
+        The output is of ``dtype`` where nothing is to be undone in it, else float32.
+        """
         spec = self.spec
         packed_query, shift = query, None
         for transform, parameters in spec.keys.transforms:
@@ -230,6 +234,7 @@ class PackedLayer(DynamicLayer):
             split_output=bool(spec.values.transforms),
             max_blocks=self.max_blocks,
             implementation=spec.implementation,
+            output_dtype=torch.float32 if spec.values.transforms else dtype,
         )
         if not spec.values.transforms:
             output, lse = parts

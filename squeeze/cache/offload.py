@@ -34,7 +34,8 @@ class Prefetcher:
     """Two slots on the device: one is read while the next layer's blocks arrive in the other.
 
     Blocks are encoded on the device, written to CPU memory once, and copied back every step; the
-    device holds two layers' blocks at a time. Copies run on a stream of their own.
+    device holds two layers' blocks at a time. Copies run on a stream of their own. Where layers are
+    on several devices, each device has its slots and its stream.
 
     Args:
         layers: The offloaded layers, in the order of their use.
@@ -42,9 +43,9 @@ class Prefetcher:
 
     def __init__(self, layers: list[PackedLayer]) -> None:
         self.layers = layers
-        self.slots: list[Tensor | None] = [None, None]
+        self.slots: dict[tuple[torch.device, int], Tensor] = {}
         self.staged: Staged | None = None
-        self.stream: Any = None
+        self.streams: dict[torch.device, Any] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prefetcher:
         made = memo[id(self)] = Prefetcher([])
@@ -53,8 +54,8 @@ class Prefetcher:
 
     @property
     def nbytes(self) -> int:
-        """Allocated bytes of both slots."""
-        return sum(slot.numel() for slot in self.slots if slot is not None)
+        """Allocated bytes of the slots."""
+        return sum(slot.numel() for slot in self.slots.values())
 
     def fetch(self, layer: PackedLayer) -> list[tuple[tuple[Tensors, ...], Tensors | None]]:
         """Return a layer's blocks on the device, and begin to copy the next layer's.
@@ -80,14 +81,15 @@ class Prefetcher:
         on_gpu = blocks > 0 and layer.device.type == "cuda"
         with contextlib.ExitStack() as stack:
             if on_gpu:
-                self.stream = self.stream or torch.cuda.Stream(layer.device)
+                stream = self.streams.get(layer.device) or torch.cuda.Stream(layer.device)
+                self.streams[layer.device] = stream
                 # What is enqueued so far may read the slot, or write the blocks in CPU memory.
-                self.stream.wait_stream(torch.cuda.current_stream(layer.device))
-                stack.enter_context(torch.cuda.stream(self.stream))
+                stream.wait_stream(torch.cuda.current_stream(layer.device))
+                stack.enter_context(torch.cuda.stream(stream))
             for side, storage in zip(sides, storages, strict=True):
                 _gather(side, storage, blocks)
             if on_gpu:
-                arrived = self.stream.record_event()
+                arrived = stream.record_event()
         return Staged(index, slot, _versions(layer), sides, arrived)
 
     @torch.inference_mode(False)
@@ -100,11 +102,11 @@ class Prefetcher:
                 size = prod(shape) * x.element_size()
                 places.append((side, name, x.dtype, shape, end, size))
                 end += -(-size // ALIGNMENT) * ALIGNMENT
-        held = self.slots[slot]
-        if held is None or held.numel() < end:
-            self.slots[slot] = held = None
-            held = torch.empty(end, dtype=torch.uint8, device=layer.device)
-            self.slots[slot] = held
+        place = (layer.device, slot)
+        if place not in self.slots or self.slots[place].numel() < end:
+            self.slots.pop(place, None)  # before the larger one is allocated
+            self.slots[place] = torch.empty(end, dtype=torch.uint8, device=layer.device)
+        held = self.slots[place]
         sides: tuple[Tensors, Tensors] = ({}, {})
         for side, name, dtype, shape, start, size in places:
             sides[side][name] = held[start : start + size].view(dtype).view(shape)

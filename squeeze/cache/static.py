@@ -17,6 +17,7 @@ between steps by the host, which knows when each row is due.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -223,7 +224,15 @@ class StaticPackedLayer(PackedLayer):
 
 
 class Recordings(dict[Any, Any]):
-    """Steps that were recorded over one cache, by kind; a copy of the cache begins without."""
+    """Steps that were recorded over one cache, by kind; a copy of the cache begins without.
+
+    Attributes:
+        asked: How often calls of a kind came.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: Counter[Any] = Counter()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recordings:
         return Recordings()

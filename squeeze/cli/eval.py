@@ -40,13 +40,14 @@ def command(
 
     Mode 'decode' scores over the packed cache; mode 'prefill' scores one forward, where a method
     that changes only cached tokens looks lossless. Tasks are ours or, with the eval extra, any of
-    lm-eval's.
+    lm-eval's. Processes that 'accelerate launch' or torchrun starts split the requests.
     """
-    from squeeze import api
+    from squeeze import api, processes
     from squeeze.cli._models import dense_source, is_squeezed, open_model
     from squeeze.cli._output import emit, note
     from squeeze.cli._progress import progress
 
+    loading["device"] = processes.join(loading["device"])
     settings: dict[str, Any] = {"tasks": [task.strip() for task in tasks.split(",")], "mode": mode}
     settings |= {"limit": limit, "length": length, "seed": seed or 0}
     source: str | None = dense or model
@@ -66,7 +67,8 @@ def command(
         else:
             name = "squeezed" if is_squeezed(model) else "model"
             results[name] = api.evaluate(*open_model(model, **loading), **settings)
-    emit(results, _table(results), as_json)
+    if processes.rank() == 0:
+        emit(results, _table(results), as_json)
 
 
 def _table(results: dict[str, Any]) -> str:

@@ -14,6 +14,13 @@ from squeeze.cli import _options as options
 @options.model
 @click.option("--context", type=click.IntRange(1), default=8192, show_default=True, help="Tokens.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences.")
+@click.option(
+    "--tp-size",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes that share the model by tensor parallelism; refuses what cannot be split.",
+)
 @options.loading
 @options.overrides
 @options.as_json

@@ -33,6 +33,9 @@ def evaluate(
     Our tasks, ``books_perplexity`` and ``needle``, run offline on any causal language model. Any
     other name is looked up in lm-eval, if the ``eval`` extra is installed.
 
+    Where ``torch.distributed`` is initialised, all processes call this with the same model and
+    arguments; each answers its share of the requests, and all return the same results.
+
     Args:
         model: A Hugging Face causal language model, dense or squeezed, on any device.
         tokenizer: Its tokenizer.

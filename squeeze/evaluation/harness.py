@@ -7,7 +7,8 @@ looks lossless. Importing this file needs the ``eval`` extra; nothing else in sq
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
+from squeeze import processes
 from squeeze.errors import RecipeError, nearest
 from squeeze.evaluation.scoring import check_mode, negative_log_likelihood, scoring
+from squeeze.evaluation.shares import in_shares
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 Request = tuple[Any, list[int], list[int]]
@@ -30,12 +33,30 @@ class SqueezeLM(HFLM):
     ``decode`` prefills the context and feeds the continuation over the cache in chunks of at most
     64 tokens; a rolling window has one token of context, so nearly all of it is fed so. Requests
     of equal lengths share a forward and nothing is padded. ``prefill`` leaves lm-eval's own way.
-    Generation goes through the model's ``generate`` in both.
+    Generation goes through the model's ``generate`` in both. Several processes split the requests;
+    to lm-eval each is alone.
     """
 
     def __init__(self, pretrained: Any, mode: str = "decode", **arguments: Any) -> None:
         self.mode = check_mode(mode)
         super().__init__(pretrained=pretrained, **arguments)
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Score continuations, each process its share."""
+        answer = partial(super().loglikelihood, disable_tqdm=disable_tqdm)
+        return in_shares(self.model, requests, _unless_empty(answer))
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts, each process its share."""
+        answer = partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm)
+        return in_shares(self.model, requests, _unless_empty(answer))
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Generate, each process its share."""
+        answer = partial(super().generate_until, disable_tqdm=disable_tqdm)
+        return in_shares(self.model, requests, _unless_empty(answer))
 
     def _loglikelihood_tokens(
         self,
@@ -130,7 +151,8 @@ def run_tasks(
         torch_random_seed=seed,
         fewshot_random_seed=seed,
     )
-    return {task: _result(output, task, adapter) for task in tasks}
+    # lm-eval gives results to one process, all of whose answers are everyone's.
+    return processes.from_first(lambda: {task: _result(output, task, adapter) for task in tasks})
 
 
 def _result(output: Any, task: str, adapter: SqueezeLM) -> dict[str, Any]:
@@ -151,6 +173,11 @@ def _result(output: Any, task: str, adapter: SqueezeLM) -> dict[str, Any]:
         "length": adapter.max_length,
         "count": sum(counts),
     }
+
+
+def _unless_empty(answer: Callable[[Any], list[Any]]) -> Callable[[Sequence[Any]], list[Any]]:
+    """Spare lm-eval a share without requests."""
+    return lambda requests: answer(list(requests)) if requests else []
 
 
 def _batches(requests: list[Request], size: int | str) -> list[list[int]]:

@@ -24,6 +24,7 @@ from squeeze.evaluation.scoring import (
     scoring,
     start_tokens,
 )
+from squeeze.evaluation.shares import in_shares
 
 DEFAULT_FACTS = 100
 FACTS_PER_CONTEXT = 25
@@ -97,7 +98,7 @@ def needle(
         limit: Number of facts, 100 if not given.
         seed: Draws keys, values and the order of questions.
         text: Texts to hide the facts in; the shipped validation books if not given.
-        progress: Called with the task's name, facts done, and their number.
+        progress: Called with the task's name, facts done by this process, and their number.
 
     Returns:
         ``value`` (share of facts, 0 to 1), ``mode``, ``length``, ``count`` (facts), ``contexts``,
@@ -113,12 +114,17 @@ def needle(
     contexts = make_contexts(tokenizer, texts, length, count, seed)
     head = start_tokens(tokenizer)
     ask = _ask_over_cache if mode == "decode" else _ask_in_one_forward
-    correct: list[bool] = []
-    with scoring(model):
-        for context in contexts:
-            correct += ask(model, head, context, length)
+
+    def mark(own: Sequence[Context]) -> list[bool]:
+        found: list[bool] = []
+        for context in own:
+            found += ask(model, head, context, length)
             if progress is not None:
-                progress("needle", len(correct), count)
+                progress("needle", len(found), sum(len(each.needles) for each in own))
+        return found
+
+    with scoring(model):
+        correct = in_shares(model, contexts, mark)
     return {
         "value": sum(correct) / count,
         "mode": mode,

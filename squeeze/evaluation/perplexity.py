@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from squeeze import reference
 from squeeze.evaluation.scoring import (
@@ -19,6 +20,7 @@ from squeeze.evaluation.scoring import (
     scoring,
     start_tokens,
 )
+from squeeze.evaluation.shares import in_shares
 
 DEFAULT_WINDOWS = 16
 
@@ -49,7 +51,7 @@ def books_perplexity(
         limit: Number of windows, 16 if not given.
         batch_size: Windows in one forward; 4 on CUDA and 1 elsewhere if not given.
         text: Texts to cut windows from; the shipped validation books if not given.
-        progress: Called with the task's name, windows done, and their number.
+        progress: Called with the task's name, windows done by this process, and their number.
 
     Returns:
         ``value`` (perplexity), ``mode``, ``length``, ``count`` (windows), ``tokens`` (scored),
@@ -66,14 +68,18 @@ def books_perplexity(
     windows = excerpts(tokenizer, texts, length - len(head), count)
     ids = torch.tensor([head + window for window in windows])
     step = batch_size or (4 if model.device.type == "cuda" else 1)
-    losses: list[float] = []
-    with scoring(model):
-        for batch in ids.split(step):
-            batch = batch.to(model.device)
-            loss, _ = negative_log_likelihood(model, batch, length // 2, mode)
-            losses += loss.double().mean(1).tolist()
+
+    def score(batches: Sequence[Tensor]) -> list[float]:
+        found: list[float] = []
+        for batch in batches:
+            loss, _ = negative_log_likelihood(model, batch.to(model.device), length // 2, mode)
+            found += loss.double().mean(1).tolist()
             if progress is not None:
-                progress("books_perplexity", len(losses), count)
+                progress("books_perplexity", len(found), sum(map(len, batches)))
+        return found
+
+    with scoring(model):
+        losses = in_shares(model, ids.split(step), score)
     mean = sum(losses) / count
     return {
         "value": math.exp(mean),

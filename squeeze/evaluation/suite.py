@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squeeze import atomic, reference
+from squeeze import atomic, processes, reference
 from squeeze.errors import RecipeError
 from squeeze.evaluation import evaluate
 from squeeze.evaluation.latency import latency
@@ -176,8 +176,9 @@ def _task(
     progress: Progress | None,
     label: str,
 ) -> dict[str, Any]:
-    if path is not None and path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    done = processes.from_first(lambda: path and path.is_file() and path.read_text("utf-8"))
+    if done:
+        return json.loads(done)  # type: ignore[no-any-return]
     wanted = recipe.evaluate.facts if task == "needle" else recipe.evaluate.windows
     limit = max(1, wanted * COUNTED_AT // length) if length > COUNTED_AT else wanted
 
@@ -195,7 +196,7 @@ def _task(
         seed=recipe.calibration.seed,
         progress=report,
     )
-    if path is not None:
+    if path is not None and processes.rank() == 0:
         atomic.write_text(path, json.dumps(result))
     return result
 

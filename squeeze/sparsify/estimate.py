@@ -10,9 +10,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-# Scores and weights of one pair of cells of ``antidiagonal_weights``, in bytes.
+from squeeze.kernels.prefill_index.api import weigh_cells
+from squeeze.kernels.prefill_index.reference import later as later
+from squeeze.kernels.prefill_index.reference_estimates import aligned as aligned
+from squeeze.kernels.prefill_index.reference_estimates import block_diagonals as block_diagonals
+from squeeze.kernels.prefill_index.reference_estimates import causal_softmax as causal_softmax
+from squeeze.kernels.prefill_index.reference_estimates import offset_mass as offset_mass
+from squeeze.kernels.prefill_index.reference_estimates import sampled_weights as sampled_weights
+from squeeze.kernels.prefill_index.reference_estimates import scores as scores
+from squeeze.types import Implementation
+
+# Scores, sorted values and ids, running sums and slots of one pair of blocks, in bytes.
+PAIR_BYTES = 48
+# Scores and weights of one pair of cells of ``antidiagonal_weights``.
 CELL_BYTES = 16
 
 
@@ -83,33 +94,6 @@ def row_lengths(keys: Tensor, starts: Tensor | None) -> Tensor:
     return lengths if starts is None else lengths - starts
 
 
-def aligned(
-    x: Tensor, starts: Tensor | None, size: int, tokens: int | None = None, first: int = 0
-) -> Tensor:
-    """Put each row's first real token first and fill up to whole blocks with zeros.
-
-    Args:
-        x: ``[B, H, T_x, D]``, the last T_x of all tokens.
-        starts: int64 ``[B]`` or ``None``.
-        size: Tokens per block.
-        tokens: Of all, T; T_x if not given.
-        first: Block to begin with; x has nothing before it.
-    Returns:
-        ``[B, H, (ceil(T / size) - first) * size, D]``; ``x`` itself when there is nothing to move
-        or fill.
-    """
-    T_x = x.shape[2]
-    T = T_x if tokens is None else tokens
-    begin, end = first * size, -(-T // size) * size
-    if starts is not None:
-        places = torch.arange(begin, end, device=x.device) + starts[:, None] - (T - T_x)
-        inside = ((places >= 0) & (places < T_x))[:, None, :, None]
-        places = places.clamp(0, T_x - 1)[:, None, :, None]
-        return x.gather(2, places.expand(*x.shape[:2], -1, x.shape[3])) * inside
-    fill = (T - T_x - begin, end - T)
-    return pad(x, (0, 0, *fill)) if any(fill) else x
-
-
 def block_means(x: Tensor, lengths: Tensor, size: int) -> Tensor:
     """Average the real tokens of every block, float32 ``[B, H, N, D]``; 0 where there are none.
 
@@ -127,32 +111,6 @@ def block_counts(lengths: Tensor, blocks: int, size: int) -> Tensor:
     """Return the real tokens of every block, int64 ``[B, N]``."""
     firsts = torch.arange(blocks, device=lengths.device) * size
     return (lengths[:, None] - firsts).clamp(0, size)
-
-
-def scores(query: Tensor, keys: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """Return attention scores, float32 ``[B, H, R, C]``; keys are shared, not repeated.
-
-    ``query`` is ``[B, H, R, D]`` and ``keys`` ``[B, H_kv, C, D]``; head h reads h // (H / H_kv).
-    """
-    B, H, R, D = query.shape
-    grouped = (query.float() * scaling).reshape(B, keys.shape[1], -1, D)
-    result = (grouped @ keys.float().mT).view(B, H, R, -1)
-    return result if softcap is None else softcap * torch.tanh(result / softcap)
-
-
-def causal_softmax(logits: Tensor, rows: range) -> Tensor:
-    """Softmax over the blocks that a query block may read; 0 elsewhere and where none is.
-
-    ``logits [B, H, R, C]`` belong to the query blocks ``rows``; -inf leaves a block out.
-    """
-    hidden = later(rows, logits.shape[-1], logits.device)
-    return logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
-
-
-def later(rows: range, blocks: int, device: torch.device) -> Tensor:
-    """Mark the blocks after each query block's own, bool ``[R, C]``."""
-    own = torch.arange(rows.start, rows.stop, device=device)[:, None]
-    return torch.arange(blocks, device=device) > own
 
 
 def pooled_weights(
@@ -185,12 +143,17 @@ def pooled_weights(
 
     def weigh(rows: range) -> Tensor:
         logits = scores(span.part(q, rows), k[:, :, : rows.stop], scaling, softcap)
-        logits = logits + bonus[..., : rows.stop]
+        logits += bonus[..., : rows.stop]
         if left_out is not None:
-            logits = logits.masked_fill(left_out[..., : rows.stop], -torch.inf)
+            logits.masked_fill_(left_out[..., : rows.stop], -torch.inf)
         return causal_softmax(logits, rows)
 
     return weigh
+
+
+def pooled_bytes(implementation: Implementation) -> int:
+    """Return the scratch memory of ``pooled_weights`` and a selection per pair of blocks."""
+    return 16 if implementation is Implementation.TRITON else PAIR_BYTES
 
 
 def antidiagonal_weights(
@@ -200,73 +163,23 @@ def antidiagonal_weights(
     stride: int,
     scaling: float,
     softcap: float | None,
+    implementation: Implementation = Implementation.REFERENCE,
 ) -> Callable[[range], Tensor]:
     """Weigh blocks by antidiagonals of cells of ``stride`` tokens; see ``prefill/antidiagonal``.
 
     Returns:
         What ``list_blocks`` calls for the weights of query blocks; a full block's sum to 1.
     """
-    cells = span.size // stride
-    q = span.queries(query).unflatten(2, (-1, stride)).flip(3).flatten(3)
-    k = aligned(keys, span.starts, span.size).unflatten(2, (-1, stride)).flatten(3)
-    real = (span.query_counts(stride) > 0)[:, None, :, None]  # [B, 1, cells of queries, 1]
 
     def weigh(rows: range) -> Tensor:
-        end = rows.stop * cells
-        logits = scores(span.part(q, rows), k[:, :, :end], scaling / stride, softcap)
-        weights = causal_softmax(logits, range(rows.start * cells, end)) * span.part(real, rows)
-        # [B, H, R * cells, C * cells] to [B, H, R, C]
-        return weights.unflatten(-1, (-1, cells)).sum(-1).unflatten(2, (-1, cells)).mean(3)
+        call = (query, keys, span.starts, stride, span.size, scaling, softcap, rows)
+        return weigh_cells(*call, implementation=implementation)
 
     return weigh
 
 
-def sampled_weights(
-    query: Tensor,
-    keys: Tensor,
-    starts: Tensor,
-    scaling: float,
-    softcap: float | None,
-    rows: range,
-) -> Tensor:
-    """Return the attention of the queries of tokens ``rows``, float32 ``[B, H, R, T]``.
-
-    ``query [B, H, T_q, D]`` are the last of the T tokens of ``keys``. Rows and columns of padding
-    are 0.
-    """
-    (B, H, T_q, D), (H_kv, T) = query.shape, keys.shape[1:3]
-    sampled = query[:, :, rows.start - T + T_q : rows.stop - T + T_q : rows.step].float() * scaling
-    scores = sampled.reshape(B, H_kv, -1, D) @ keys.float().mT  # [B, H_kv, G * R, T]
-    scores = scores.view(B, H, -1, T)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    tokens = torch.arange(T, device=query.device)
-    own = tokens[rows.start : rows.stop : rows.step, None]
-    hidden = (tokens > own) | (tokens < starts[:, None, None])
-    hidden = hidden[:, None]  # [B, 1, R, T]
-    weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-    return weights.masked_fill_(hidden, 0.0)
-
-
-def block_diagonals(weights: Tensor, rows: range, size: int) -> Tensor:
-    """Return the mass that each block diagonal would compute, ``[B, H, ceil(T / size)]``.
-
-    ``weights [B, H, R, T]`` belong to the tokens ``rows``. Offset o lies in the block diagonals at
-    o // size and the next one, in proportion to its overlap with them.
-    """
-    offsets = offset_mass(weights, rows)
-    offsets = pad(offsets, (0, -offsets.shape[-1] % size)).unflatten(-1, (-1, size))
-    farther = torch.arange(size, device=weights.device) / size
-    return offsets @ (1 - farther) + pad((offsets @ farther)[..., :-1], (1, 0))
-
-
-def offset_mass(weights: Tensor, rows: range) -> Tensor:
-    """Sum ``weights [B, H, R, T]`` of the tokens ``rows`` by distance to the key, ``[B, H, T]``."""
-    B, H, R, T = weights.shape
-    shift = T - 1 - rows[0]
-    width = T + shift
-    # Row r, read from rows[r] - rows[0] on, has each offset in the same column as every other row.
-    skewed = pad(weights, (shift, 0)).as_strided(
-        (B, H, R, T), (H * R * width, R * width, width + rows.step, 1)
-    )
-    return skewed.sum(2).flip(-1)
+def antidiagonal_bytes(size: int, stride: int, implementation: Implementation) -> int:
+    """Return the scratch memory of ``antidiagonal_weights`` and a selection per pair of blocks."""
+    if implementation is Implementation.TRITON:
+        return 4  # the weights: what the kernels take besides does not grow with the rows
+    return PAIR_BYTES + CELL_BYTES * (size // stride) ** 2

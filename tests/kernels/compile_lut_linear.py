@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from squeeze.kernels.lut_linear import triton as kernel
+from squeeze.kernels.lut_linear import whole_rows, wide_rows
 from squeeze.types import ClusteredWeight
 
 POINTERS = dict.fromkeys(("x", "y", "bias", "dense"), "*bf16") | {
@@ -37,6 +38,16 @@ FEW = (
     (4, "float16", 4, (4096, 4096)),
     (4, "float16", 16, (14336, 4096)),
 )
+
+WIDE = (
+    (4, "int8", 8, (4096, 4096)),
+    (3, "int8", 16, (333, 1000)),
+    (4, "float16", 16, (4096, 14336)),
+    (2, "int8", 32, (14336, 4096)),
+    (4, "float16", 32, (4096, 4096)),
+    (4, "int8", 64, (4096, 14336)),
+)
+DECODED = ((2, "int8"), (3, "int8"), (4, "int8"), (4, "float16"))
 
 
 def build(name, capability, *, bits, codebook="*i8", registers=True, **constants):
@@ -80,13 +91,35 @@ def few_rows(case):
         yield facts
 
 
+def by_warpgroups():
+    """What the launchers start for more rows of x, and to decode."""
+    for case in WIDE:
+        bits, entries, rows, shape = case
+        x = absent(rows, shape[1], dtype=torch.bfloat16)
+        with launches(90) as made:
+            wide_rows.lut_linear(x, weight(bits, entries, shape), None)
+        for name, compiled in made:
+            facts = {"kernel": name, "case": case, "wide": True, **usage(compiled)}
+            facts["warps"] = compiled.metadata.num_warps
+            if name == "multiply":
+                facts |= instructions(run_tool(compiled, "nvdisasm", "-c"))
+            yield facts
+    for bits, entries in DECODED:
+        with launches(90) as made:
+            dense = absent(4096, 4096, dtype=torch.bfloat16)
+            whole_rows.decode(weight(bits, entries, (4096, 4096)), dense)
+        for name, compiled in made:
+            yield {"kernel": name, "wide": True, **usage(compiled)}
+
+
 def instructions(code):
     """Copies of weights before the wait for the kernel before, and products of bytes after it."""
     before, after = code.split("ACQBULK", 1)
     return {
         "early": len(re.findall(r"LDGSTS\S*128", before)),
         "products": len(re.findall(r"IMMA\.16832\.S8\.S8", after)),
-        "early_products": before.count("IMMA"),
+        "early_products": before.count("IMMA") + before.count("IGMMA"),
+        "warpgroup_products": after.count("IGMMA"),
     }
 
 
@@ -110,6 +143,7 @@ def main():
             rows.append(facts)
     if "90" in sys.argv[1:]:
         rows += [facts for case in FEW for facts in few_rows(case)]
+        rows += by_warpgroups()
     print(json.dumps(rows))
 
 

@@ -13,6 +13,7 @@ import torch
 from launched import absent as on_gpu
 from launched import launches, run_tool, usage
 
+from squeeze.kernels.sparse_gemv import streamed as launcher
 from squeeze.kernels.sparse_gemv.triton import sparse_gemv
 
 # Rows of x, outputs, inputs, dtype, whether there is a bias.
@@ -50,7 +51,7 @@ def streamed(capability, outputs, inputs, dtype, biased):
     bias = on_gpu(outputs, dtype=dtype) if biased else None
     x, threshold = on_gpu(1, inputs, dtype=dtype), on_gpu(inputs, dtype=torch.float32)
     with launches(capability) as made:
-        sparse_gemv(x, weight, threshold, bias)
+        launcher.sparse_gemv(x, weight, threshold, bias)
     for name, compiled in made:
         facts = {"kernel": name, "case": [1, outputs, inputs, str(dtype)], **usage(compiled)}
         if name == "multiply":

@@ -6,6 +6,8 @@ Registers hold 32 bits as a Python integer. Reductions over the warp see this th
 import re
 import struct
 
+import torch
+
 
 def as_float(bits):
     """The float32 of 32 bits."""
@@ -56,6 +58,12 @@ def largest(a, b):
     return 0x7FFFFFFF if x != x or y != y else max((x, a), (y, b))[1]
 
 
+def pair(kind, a, b):
+    """Two float32 rounded to 16 bits, the second in the low half."""
+    both = torch.tensor([as_float(b), as_float(a)]).to(kind)
+    return int(both.view(torch.int32)) & 0xFFFFFFFF
+
+
 OPERATIONS = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
@@ -70,6 +78,10 @@ OPERATIONS = {
     "dp4a.s32.s32": dp4a,
     "mad.lo.s32": lambda a, b, c: a * b + c,
     "fma.rn.f32": lambda a, b, c: as_bits(as_float(a) * as_float(b) + as_float(c)),
+    "sub.f32": lambda a, b: as_bits(as_float(a) - as_float(b)),
+    "mul.f32": lambda a, b: as_bits(as_float(a) * as_float(b)),
+    "cvt.rn.f16x2.f32": lambda a, b: pair(torch.float16, a, b),
+    "cvt.rn.bf16x2.f32": lambda a, b: pair(torch.bfloat16, a, b),
     "abs.f32": lambda a: a & 0x7FFFFFFF,
     "max.NaN.f32": largest,
     "cvt.f32.f16": lambda a: as_bits(struct.unpack("<e", struct.pack("<H", a))[0]),

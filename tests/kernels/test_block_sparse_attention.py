@@ -6,11 +6,13 @@ import sys
 import warnings
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
 from squeeze.errors import DeviceError, UnsupportedError
+from squeeze.kernels.block_sparse_attention import api
 from squeeze.kernels.block_sparse_attention.api import block_sparse_attention
 from squeeze.sparsify.index import compact, from_masks, to_dense_mask
 from squeeze.sparsify.prefill.vertical_slash import VerticalSlash
@@ -156,6 +158,8 @@ def compare(
     pooled=False,
     queries=None,
     segments=None,
+    quantize=None,
+    columns=True,
 ):
     generator = torch.Generator().manual_seed(seed)
     inputs = [guarded(generator, B, heads, T, D, dtype, device) for heads in (H, H_kv, H_kv)]
@@ -163,6 +167,8 @@ def compare(
     index = None if size is None else random_index(generator, B, H, T, size, pooled)
     if segments:
         index = permuted(generator, index, T, segments * size)
+    if index is not None and not columns:
+        index = replace(index, column_offsets=None, column_ids=None)
     starts = None if starts is None else torch.tensor(starts)
     expected = oracle(*inputs, index, starts, D**-0.5, softcap)
     if index is not None:
@@ -171,15 +177,21 @@ def compare(
     starts = None if starts is None else starts.to(device)
     results = [
         block_sparse_attention(
-            *inputs, index, starts=starts, scaling=D**-0.5, softcap=softcap, implementation=choice
+            *inputs, index, starts=starts, scaling=D**-0.5, softcap=softcap, quantize=quantize,
+            implementation=choice,
         )
         for choice in (TRITON, REFERENCE)
-    ]
+    ]  # fmt: skip
     what = f"seed {seed}, T {T}, heads {H}/{H_kv}, D {D}, {dtype}, blocks of {size}"
     assert results[0][0].dtype == dtype
     assert results[0][1].dtype == torch.float32
     assert_within_budget(results[0][0], results[1][0], expected[0], dtype, what)
     assert_within_budget(results[0][1], results[1][1], expected[1], torch.float32, what + ", lse")
+    if quantize:  # both round the same keys, values and queries, weights from different maxima
+        close = torch.nn.functional.cosine_similarity(
+            *(result[0].cpu().double().flatten() for result in results), dim=0
+        )
+        assert close > 0.9995, f"{what}: cosine {close:.6f}"
 
 
 @pytest.fixture
@@ -192,6 +204,10 @@ def poisoned(monkeypatch):
         return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", poison)
+
+
+def choices():
+    return [REFERENCE, pytest.param(TRITON, marks=triton_only)]
 
 
 CASES = [  # seed, B, H, H_kv, T, D, dtype, block size, starts, softcap
@@ -247,6 +263,37 @@ def test_triton_attends_a_later_part(case, queries, pooled, segments, poisoned):
     compare(*CASES[case], queries=queries, pooled=pooled, segments=segments)
 
 
+@triton_only
+@pytest.mark.parametrize("quantize", ["int8", "float8"])
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        (1, {}),
+        (2, {"queries": 3}),
+        (5, {"segments": 1}),
+        (7, {"pooled": True, "queries": 200}),
+        (9, {}),
+    ],
+)
+def test_triton_in_eight_bits(case, options, quantize, poisoned):
+    compare(*CASES[case], quantize=quantize, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [None, 64, 128])
+@pytest.mark.parametrize("D", [64, 80, 128, 256])
+@pytest.mark.parametrize("quantize", ["int8", "float8"])
+def test_eight_bits_on_a_gpu(D, size, quantize, poisoned):
+    compare(D, 2, 8, 2, 1000, D, torch.bfloat16, size, [0, 333], None, "cuda", quantize=quantize)
+    compare(D + 1, 1, 7, 1, 65, D, torch.float16, size, None, None, "cuda", quantize=quantize)
+    variants = ({"queries": 700}, {"columns": False}, {"segments": 2}, {"pooled": True})
+    for options in variants if size else ():
+        compare(
+            D, 2, 8, 2, 1000, D, torch.bfloat16, size, [0, 333], None, "cuda", quantize=quantize,
+            **options,
+        )  # fmt: skip
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [None, 64, 128])
 @pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
@@ -255,8 +302,65 @@ def test_triton_on_a_gpu(D, size, dtype, poisoned):
     compare(D, 2, 8, 2, 1000, D, dtype, size, [0, 333], None, "cuda")
     compare(D + 1, 1, 7, 1, 65, D, dtype, size, None, 5.0, "cuda")
     compare(D + 2, 2, 8, 2, 1000, D, dtype, size, [0, 333], None, "cuda", queries=700)
+    compare(D + 4, 1, 7, 1, 2300, D, dtype, size, None, None, "cuda", columns=False)
     if size:
         compare(D + 3, 1, 7, 1, 1000, D, dtype, size, None, None, "cuda", segments=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [None, 64, 128])
+@pytest.mark.parametrize("quantize", [None, "int8", "float8"])
+def test_both_kernels_agree_on_a_gpu(quantize, size, monkeypatch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs Hopper")
+    from squeeze.kernels.block_sparse_attention import hopper
+
+    generator = torch.Generator().manual_seed(21)
+    q, k, v = (guarded(generator, 2, h, 1500, 128, torch.bfloat16, "cuda") for h in (8, 2, 2))
+    index = None if size is None else random_index(generator, 2, 8, 1500, size)
+    if index is not None:
+        index = replace(
+            index, block_offsets=index.block_offsets.cuda(), block_ids=index.block_ids.cuda(),
+            column_offsets=None, column_ids=None,
+        )  # fmt: skip
+    assert hopper.takes(q, index, None, quantize)
+
+    def call():
+        return block_sparse_attention(
+            q, k, v, index, scaling=128**-0.5, quantize=quantize, implementation=TRITON
+        )
+
+    ours = call()
+    monkeypatch.setattr(hopper, "takes", lambda *arguments: False)
+    plain = call()
+    close = torch.nn.functional.cosine_similarity(
+        ours[0].double().flatten(), plain[0].double().flatten(), 0
+    )
+    assert close > (0.9995 if quantize else 0.99999)
+    assert torch.equal(ours[1].isinf(), plain[1].isinf())
+
+
+def test_hopper_covers_what_was_compared():
+    pytest.importorskip("triton")
+    from squeeze.kernels.block_sparse_attention.hopper import covers
+
+    generator = torch.Generator().manual_seed(0)
+
+    def heads(index, to):
+        return [D for D in (64, 80, 128, 256) if covers(D, index, to)]
+
+    assert heads(None, None) == [64, 128]
+    assert heads(None, "int8") == heads(None, "float8") == [128]
+    for size in (64, 128):
+        index = random_index(generator, 1, 1, 300, size, pooled=True)
+        averages = replace(index, column_offsets=None, column_ids=None)
+        blocks = replace(averages, pooled_offsets=None, pooled_ids=None)
+        columns = replace(index, pooled_offsets=None, pooled_ids=None)
+        ordered = permuted(generator, blocks, 300, size)
+        for to in (None, "int8", "float8"):
+            assert heads(blocks, to) == [128]
+            for other in (index, averages, columns, ordered):
+                assert heads(other, to) == []
 
 
 @pytest.mark.gpu
@@ -319,8 +423,45 @@ def test_reference_of_a_later_part_against_the_oracle(size, pooled, queries):
     torch.testing.assert_close(lse, expected[1], atol=1e-13, rtol=1e-13)
 
 
-def choices():
-    return [REFERENCE, pytest.param(TRITON, marks=triton_only)]
+@pytest.mark.parametrize("quantize", ["int8", "float8"])
+@pytest.mark.parametrize("size", [None, 64, 128])
+def test_eight_bits_stay_close(quantize, size):
+    generator, T, starts = torch.Generator().manual_seed(8), 700, torch.tensor([0, 131])
+    q, k, v = (torch.randn(2, heads, T, 64, generator=generator) for heads in (6, 2, 2))
+    k += 8 * torch.randn(2, 2, 1, 64, generator=generator)  # what smoothing takes away
+    index = None if size is None else random_index(generator, 2, 6, T, size)
+    expected = oracle(q, k, v, index, starts, 0.125, None)
+    out, lse = block_sparse_attention(
+        q, k, v, index, starts=starts, scaling=0.125, quantize=quantize, implementation=REFERENCE
+    )
+    close = torch.nn.functional.cosine_similarity(out.flatten(), expected[0].float().flatten(), 0)
+    assert 0.999 <= close < 1
+    finite = ~expected[1].isinf()
+    assert torch.equal(finite, ~lse.isinf())
+    assert (lse - expected[1])[finite].abs().max() < 0.2
+
+
+@pytest.mark.parametrize("implementation", choices())
+def test_eight_bits_of_codes_are_exact(implementation):
+    """Scores whose operands are codes already and one key's weight of 1: nothing is lost."""
+    T = 130
+    q, k, v = torch.zeros(1, 1, T, 64), torch.zeros(1, 1, T, 64), torch.zeros(1, 1, T, 64)
+    q[..., 0], q[..., 1] = 127.0, 0.0
+    k[0, 0, 0, 0], k[0, 0, 1, 0] = 127.0, -127.0  # their mean is 0
+    v[0, 0, 0] = torch.arange(64).remainder(8) - 3.5
+    out, lse = block_sparse_attention(
+        q, k, v, None, scaling=0.01, quantize="int8", implementation=implementation
+    )
+    torch.testing.assert_close(out, v[:, :, :1].expand_as(out), atol=2e-6, rtol=0.0)
+    torch.testing.assert_close(lse, torch.full((1, 1, T), 161.29), atol=1e-4, rtol=0.0)
+
+
+def test_eight_bits_refuse_a_bound_of_the_scores():
+    x = torch.zeros(1, 1, 4, 16)
+    with pytest.raises(UnsupportedError, match="eight-bit products under a bound"):
+        block_sparse_attention(
+            x, x, x, None, scaling=1.0, softcap=3.0, quantize="int8", implementation=REFERENCE
+        )
 
 
 @pytest.mark.parametrize("implementation", choices())
@@ -418,11 +559,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from squeeze.kernels.block_sparse_attention import triton as kernel
 
-for arch, D, rows, listed, pooled, segment in json.loads(sys.argv[1]):
-    options = kernel.launch_options(rows, triton.next_power_of_2(D), 2, arch, pooled)
+for arch, D, rows, listed, pooled, segment, to in json.loads(sys.argv[1]):
+    options = kernel.launch_options(rows, triton.next_power_of_2(D), 2, arch, pooled, bool(to))
     constants = dict(
         H=32, GROUPS=4, D=D, SOFTCAP=0.0, LOG2_E=kernel.LOG2_E, HAS_STARTS=True, LISTED=listed,
         COLUMNS=listed, POOLED=pooled, SEGMENT=segment, RUN=8, UPCAST=False, BLOCK_M=rows,
+        SMALL=bool(to), INT8=to == "int8", LIFT=8.0 if to else 0.0, INTERPRETED=False,
         BLOCK_N=options.pop("BLOCK_N"), BLOCK_D=triton.next_power_of_2(D), q_d=1, k_d=1, v_d=1,
     )
     types = dict(query="*bf16", keys="*bf16", values="*bf16", out="*bf16", lse="*fp32",
@@ -435,6 +577,9 @@ for arch, D, rows, listed, pooled, segment in json.loads(sys.argv[1]):
             types[name] = "*bf16" if name in averages[2:] else "*i32"
         else:
             constants[name] = None
+    codes = dict(key_codes="*i8" if to == "int8" else "*fp8e4nv", value_codes="*fp8e4nv",
+                 key_scales="*fp32", key_means="*fp32", value_scales="*fp32")
+    (types if to else constants).update(codes if to else dict.fromkeys(codes))
     (types if segment else constants)["permutation"] = "*i32" if segment else None
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
@@ -454,15 +599,17 @@ for arch, D, rows, listed, pooled, segment in json.loads(sys.argv[1]):
     stack = int(re.search(r"STACK:(\\d+)", text).group(1))
     print(json.dumps([arch, D, rows, stack, compiled.metadata.shared]))
 """
-SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+SHARED_BYTES = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
 
 
 def test_the_kernel_compiles_without_spills():
     pytest.importorskip("triton")
     cases = [
-        (90, 128, 64, True, False, 0), (90, 128, 128, False, False, 0),
-        (80, 128, 64, True, False, 0), (100, 128, 64, True, False, 0),
-        (90, 128, 64, True, True, 0), (90, 128, 64, True, False, 256),
+        (90, 128, 64, True, False, 0, None), (90, 128, 128, False, False, 0, None),
+        (80, 128, 64, True, False, 0, None), (100, 128, 64, True, False, 0, None),
+        (90, 128, 64, True, True, 0, None), (90, 128, 64, True, False, 256, None),
+        (90, 128, 64, True, False, 0, "int8"), (89, 128, 64, True, False, 0, "float8"),
+        (90, 128, 64, True, True, 0, "float8"),
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -475,3 +622,23 @@ def test_the_kernel_compiles_without_spills():
     for arch, _, _, stack, shared in results:
         assert stack == 0, results
         assert shared <= SHARED_BYTES[arch], results
+
+
+@pytest.mark.parametrize(
+    ("rows", "listed", "columns", "to"),
+    [(128, False, False, "int8"), (64, True, True, None)],
+)
+def test_the_hopper_kernel_compiles(rows, listed, columns, to):
+    pytest.importorskip("triton")
+    program = Path(__file__).with_name("compile_block_sparse_attention.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(api.__file__).parents[3])
+    done = subprocess.run(
+        [sys.executable, program, json.dumps([rows, listed, columns, to])],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["stack"] == 0, found
+    assert found["shared"] <= SHARED_BYTES[90] // (2 if rows == 64 else 1)
+    assert found["products"] > 0

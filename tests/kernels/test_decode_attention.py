@@ -192,6 +192,15 @@ def test_parts_add_up_to_the_output(implementation):
 
 
 @pytest.mark.parametrize("implementation", BOTH)
+def test_outputs_are_rounded_once(implementation):
+    case = Case(KEYS4, VALUES4, steps=2)
+    arguments = build(case)
+    whole, lse = call(arguments, case, implementation)
+    rounded, same = call(arguments, case, implementation, output_dtype=torch.float16)
+    assert torch.equal(rounded, whole.half()) and torch.equal(same, lse)
+
+
+@pytest.mark.parametrize("implementation", BOTH)
 def test_query_before_the_first_token_gets_zero(implementation):
     case = Case(KEYS4, VALUES4, steps=4, blocks=(1, 0), exact=(6, 2))
     output, lse = call(build(case), case, implementation)

@@ -17,7 +17,7 @@ from squeeze.quant.weights.kmeans import KMeans
 from squeeze.types import ClusteredWeight, Implementation
 
 pytest.importorskip("triton")
-from squeeze.kernels.lut_linear import few_rows
+from squeeze.kernels.lut_linear import few_rows, whole_rows, wide_rows
 
 TRITON = Implementation.TRITON
 needs_interpreter = pytest.mark.skipif(
@@ -145,7 +145,7 @@ def few_case(rows, shape, bits, sharing="row", entries="int8", dtype=torch.bfloa
     x = torch.randn(rows, shape[1], device="cuda") * torch.logspace(-3, 3, shape[1], device="cuda")
     bias = torch.randn(shape[0], device="cuda").to(dtype)
     hopper = torch.cuda.get_device_capability() == few_rows.CAPABILITY
-    assert few_rows.fits(x.to(dtype), weight) == hopper  # which kernel the test is about
+    assert few_rows.takes(x.to(dtype), weight) == hopper  # which kernels the test is about
     return x.to(dtype), weight, bias
 
 
@@ -163,6 +163,12 @@ def few_case(rows, shape, bits, sharing="row", entries="int8", dtype=torch.bfloa
         (16, (48, 2048), 4, "row", "float16"),
         (16, (4096, 4096), 4, "row", "int8"),
         (13, (50, 7168), 2, "tensor", "int8"),
+        (16, (4096, 14336), 3, "row", "int8"),
+        (17, (200, 4096), 4, "row", "int8"),
+        (20, (333, 1000), 3, "row", "float16"),
+        (33, (1024, 2304), 2, "rows", "int8"),
+        (33, (640, 4096), 4, "row", "float16"),
+        (64, (4096, 4096), 4, "row", "int8"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -178,7 +184,9 @@ def test_few_rows_match_float64_on_the_gpu(rows, shape, bits, sharing, entries, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize(("rows", "bad"), [(3, torch.inf), (4, -torch.inf), (16, torch.nan)])
+@pytest.mark.parametrize(
+    ("rows", "bad"), [(3, torch.inf), (4, -torch.inf), (16, torch.nan), (20, torch.inf)]
+)
 def test_numbers_that_are_not_finite_stay_so_on_the_gpu(bits, rows, bad):
     x, weight, _ = few_case(rows, (64, 4096), bits)
     x[1, 1700] = bad
@@ -220,7 +228,23 @@ def through(layers, x, between=lambda: None):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("entries", ["int8", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_decoding_is_the_reference_on_the_gpu(bits, entries, dtype):
+    for shape, sharing in (((333, 1024), "row"), ((40, 2304), "rows")):
+        weight, _ = clustered(*shape, bits, sharing, entries, device="cuda")
+        dense = torch.full((shape[0] + 1, shape[1]), 7.0, device="cuda", dtype=dtype)
+        hopper = torch.cuda.get_device_capability() == few_rows.CAPABILITY
+        assert whole_rows.fits(dense[:-1], weight) == hopper
+        if hopper:
+            whole_rows.decode(weight, dense[:-1])
+            assert torch.equal(dense[:-1], reconstruct(weight).to(dtype))
+        assert (dense[-1] == 7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 4, 16, 33])
 def test_a_chain_without_pauses_is_as_one_with_pauses_on_the_gpu(rows):
     layers, x = chain(rows)
     expected = through(layers, x, torch.cuda.synchronize)
@@ -230,7 +254,7 @@ def test_a_chain_without_pauses_is_as_one_with_pauses_on_the_gpu(rows):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("rows", [1, 16, 300])
 def test_a_recorded_chain_follows_its_input_on_the_gpu(rows):
     layers, x = chain(rows)
     through(layers, x)
@@ -260,16 +284,32 @@ def test_kernels_compile_without_spills():
         assert facts["stack"] == 0, facts
         if "packed" in facts:
             assert (facts["lookups"] > 0) == facts["packed"], facts
-    few = [facts for facts in every if facts["kernel"] == "multiply"]
+    wide = [facts for facts in every if facts["kernel"] == "multiply" and "wide" in facts]
+    assert len(wide) == 6
+    for facts in wide:
+        assert_multiplies_by_warpgroups(facts)
+    assert sum(facts["kernel"] == "decode_rows" for facts in every) == 4
+    few = [facts for facts in every if facts["kernel"] == "multiply" and "wide" not in facts]
     assert {tuple(facts["case"][:3]) for facts in few} == {
         *itertools.product((2, 3, 4), ["int8"], (1, 4, 16)),
         *itertools.product([4], ["float16"], (1, 4, 16)),
     }
     for facts in few:
         assert_streams(facts)
-    assert (
-        sum(facts["kernel"] == "_add_up" for facts in every) == 3
-    )  # of the cases, those in slices
+    sliced = sum(facts["kernel"] == "_add_up" for facts in every if "wide" not in facts)
+    assert sliced == 3  # of the cases
+
+
+def assert_multiplies_by_warpgroups(facts):
+    """Weights are on their way before the wait for x, and nothing is repeated."""
+    bits, entries, rows, (out_features, in_features) = facts["case"]
+    pieces = 1 if entries == "int8" else 2
+    shape = wide_rows.divide(rows, out_features, -(-in_features // 32), pieces, bits, 132)
+    assert facts["registers"] * facts["warps"] * 32 <= 65536, facts
+    assert facts["early"] == 2 * bits, facts
+    assert facts["early_products"] == 0, facts
+    # A step of a warpgroup: 512 channels, 32 a product.
+    assert facts["warpgroup_products"] % (16 * shape.halves * pieces) == 0, facts
 
 
 def assert_streams(facts):

@@ -144,21 +144,43 @@ def assert_streams(facts):
 def test_a_division_covers_the_weight(shape):
     out_features, in_features = shape
     found = streamed.divide(out_features, in_features, 132)
-    assert 1 <= found.units <= 32
-    assert found.shares * found.chunks * 32 * streamed.WARPS >= in_features
-    assert found.chunks * streamed.WARPS * 128 <= streamed.LIST_BYTES
+    assert found.units in streamed.UNITS
+    assert found.shares * found.chunks * 32 * found.warps >= in_features
+    assert found.chunks * found.warps * 128 <= streamed.LIST_BYTES
+    assert found.chunks <= 4 * streamed.GROUPS * streamed.EACH  # lists lie where the copies go
+
+
+def test_divisions_are_the_ones_measured_as_best():
+    asked = ((4096, 4096), (14336, 4096), (4096, 14336))
+    found = {shape: streamed.divide(*shape, 132) for shape in asked}
+    assert {shape: (each.units, each.shares, each.warps) for shape, each in found.items()} == {
+        (4096, 4096): (32, 8, 8),
+        (14336, 4096): (16, 1, 16),
+        (4096, 14336): (16, 4, 16),
+    }
+
+
+@pytest.mark.parametrize("out_features", [1024, 4096, 8192, 11008, 14336])
+@pytest.mark.parametrize("in_features", [2048, 4096, 8192])
+def test_divisions_of_layers_fill_one_wave(out_features, in_features):
+    found = streamed.divide(out_features, in_features, 132)
+    blocks = -(-out_features // 8 // found.units)
+    assert 80 <= blocks * found.shares <= 132
+    short = found.units * -(-in_features // found.shares) <= streamed.SHORT
+    assert found.warps == (8 if short else 16)
 
 
 def test_only_one_row_on_gpus_with_the_measured_capability_streams():
-    x, weight = absent(1, 64, dtype=torch.float16), absent(64, 48, dtype=torch.float16).t()
+    x, weight = absent(1, 64, dtype=torch.bfloat16), absent(64, 48, dtype=torch.bfloat16).t()
     for capability in (80, 86, 90, 100, 120):
         with asked_about(capability):
             assert streamed.fits(x, weight) == (capability == 90)
     with asked_about(90):
-        assert not streamed.fits(absent(2, 64, dtype=torch.float16), weight)
+        assert not streamed.fits(absent(2, 64, dtype=torch.bfloat16), weight)
         assert not streamed.fits(x.float(), weight)
-        assert not streamed.fits(x, absent(64, 44, dtype=torch.float16).t())
-    assert not streamed.fits(torch.empty(1, 64, dtype=torch.float16), weight)
+        assert not streamed.fits(x.half(), weight.half())
+        assert not streamed.fits(x, absent(64, 44, dtype=torch.bfloat16).t())
+    assert not streamed.fits(torch.empty(1, 64, dtype=torch.bfloat16), weight)
 
 
 def test_triton_needs_a_gpu(monkeypatch):

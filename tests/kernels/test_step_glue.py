@@ -119,6 +119,9 @@ def test_the_reference_rounds_as_the_modules_do(dtype):
     assert torch.equal(
         join_heads(output, dtype), output.to(dtype).transpose(1, 2).reshape(2, 4, 24)
     )
+    single = output[:, :, :1].to(dtype).contiguous()
+    joined = join_heads(single, dtype)  # nothing to round or to move
+    assert torch.equal(joined, single.reshape(2, 1, 24)) and joined.data_ptr() == single.data_ptr()
 
 
 def check_norm(shape, dtype, device="cpu"):

@@ -74,3 +74,28 @@ def test_segments_do_not_show(name, monkeypatch):
     pieces = policy.index(query, keys, None, SCALING)
     for h in range(4):
         assert lists(whole, 0, h) == lists(pieces, 0, h)
+
+
+CAPPED = [name for name in NAMES if hasattr(registry.get("prefill", name), "max_tokens")]
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_no_list_is_longer_than_the_bound(name):
+    # Settings that ask for everything, so that only the bound holds lists back.
+    most = {"share": 1.0} if name == "block_topk" else {"max_density": 1.0}
+    most |= {"moba": {"top_k": 99}, "sale": {"threshold": 0.0}}.get(name, {})
+    mass = {"antidiagonal": "threshold", "pyramid": "full"}.get(name, "mass")
+    policy = registry.get("prefill", name)
+    most |= {mass: 1.0} if hasattr(policy, mass) else {}
+    query, keys = inputs(1, 2, 1, 3000)
+    index = policy(max_tokens=30 * 64, **most).index(query, keys, None, SCALING)
+    assert [len(row) for row in lists(index, 0, 1)] == [min(i, 30) for i in range(1, 48)]
+
+
+@pytest.mark.parametrize("name", [name for name in CAPPED if name != "block_topk"])
+def test_the_last_budget_of_a_ladder_is_dense(name):
+    policy = registry.get("prefill", name)
+    heads = (policy.ladder[0], policy.ladder[-1])
+    query, keys = inputs(1, 2, 1, 3000)
+    index = policy(max_density=1.0, heads=heads).index(query, keys, None, SCALING)
+    assert lists(index, 0, 1) == [list(range(i + 1)) for i in range(47)]

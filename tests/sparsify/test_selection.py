@@ -6,18 +6,25 @@ from squeeze.sparsify.selection import budget, list_blocks
 from tests.sparsify.policies import choose, lists
 
 
+@pytest.mark.parametrize("most", [0, 50, 81])
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.3, 1 / 3, 0.7, 1.0])
-def test_every_row_fits_the_budget_that_memory_was_taken_for(share):
+def test_every_row_fits_the_budget_that_memory_was_taken_for(share, most):
     # The budget is computed on the host for the memory and on the device for the choice.
     N = 211
 
     def even(rows):
         return torch.full((1, 1, len(rows), rows.stop), 1 / N)
 
-    index = list_blocks(even, torch.tensor([N * 64]), 64, N, heads=1, share=share)
+    index = list_blocks(even, torch.tensor([N * 64]), 64, N, heads=1, share=share, most=most)
     counts = [len(row) for row in lists(index, 0, 0)]
-    assert counts == [budget(i, share) for i in range(N)]
+    assert counts == [budget(i, share, most=most) for i in range(N)]
     assert index.block_ids.shape[-1] == sum(counts) + 1
+
+
+def test_a_share_is_bounded_on_both_sides():
+    assert [budget(n - 1, 0.5, 30, most=100) for n in (20, 50, 100, 400)] == [20, 30, 50, 100]
+    assert budget(399, 0.5, 30) == 200
+    assert budget(399, 0.5, 150, most=100) == 150
 
 
 @pytest.mark.parametrize(("mass", "floor"), [(1.0, 0.0), (0.5, 0.0), (1.0, 0.03), (0.8, 0.02)])

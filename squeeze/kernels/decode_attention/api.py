@@ -33,6 +33,7 @@ def decode_attention(
     softcap: float | None = None,
     split_output: bool = False,
     max_blocks: int | None = None,
+    output_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, ...]:
     """Attend to packed blocks and to exact keys and values under one softmax.
 
@@ -61,10 +62,12 @@ def decode_attention(
         max_blocks: An upper bound of ``block_counts`` known to the caller, which saves launching
             for slots that are reserved and empty. Default: all slots of the segments, or of tables
             of addresses, which may have room for more.
+        output_dtype: What the outputs are rounded to.
     Returns:
         ``(output, lse)``, or with ``split_output`` ``(packed_output, exact_output, lse)``, whose
         outputs add up to ``output``. Outputs ``[B, H, T_q, D]`` and natural-log ``lse``
-        ``[B, H, T_q]`` are float32 (float64 from the reference for float64 queries).
+        ``[B, H, T_q]`` are float32 (float64 from the reference for float64 queries), outputs of
+        another ``output_dtype`` in that.
     Raises:
         DeviceError: ``triton`` without an NVIDIA GPU, the interpreter, or the package.
         UnsupportedError: ``triton`` for a format that brings no tile functions.
@@ -82,7 +85,10 @@ def decode_attention(
         packed, exact, lse = reference.decode_attention(
             *stored, *exact_slots, scaling=scaling, softcap=softcap, max_blocks=count
         )
-        return (packed, exact, lse) if split_output else (packed + exact, lse)
+        outputs: tuple[Tensor, ...] = (packed, exact) if split_output else (packed + exact,)
+        if output_dtype != torch.float32:
+            outputs = tuple(output.to(output_dtype) for output in outputs)
+        return (*outputs, lse)
     if implementation is not Implementation.TRITON:
         raise ValueError("implementation is auto; it is resolved while planning")
     require_triton(query.device, *(blocks.format for blocks in (keys, values) if blocks))
@@ -103,6 +109,7 @@ def decode_attention(
         softcap=softcap,
         max_blocks=count,
         split_output=split_output,
+        output_dtype=output_dtype,
     )
 
 

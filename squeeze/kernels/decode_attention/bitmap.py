@@ -74,6 +74,7 @@ def decode_attention(
     softcap: float | None,
     max_blocks: int,
     split_output: bool,
+    output_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, ...]:
     """Launch the kernel and the merge; arguments and results as in ``api.decode_attention``."""
     batch, heads, steps, _ = query.shape
@@ -90,7 +91,7 @@ def decode_attention(
     def launch(setting: tuning.Setting) -> tuple[Tensor, ...]:
         slots = processors * setting.programs // (batch * kv_heads * tiles) - exact_splits
         splits = streamed._splits(slots, max_blocks * per_block)
-        scratch = Scratch.allocate(query, exact_splits + splits, split_output)
+        scratch = Scratch.allocate(query, exact_splits + splits, split_output, output_dtype)
         compiled = attend[(exact_splits + splits, batch * kv_heads, tiles)](
             query,
             packed_query,

@@ -74,6 +74,7 @@ def decode_attention(
     softcap: float | None,
     max_blocks: int,
     split_output: bool,
+    output_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, ...]:
     """Launch the kernel and the merge; arguments and results as in ``api.decode_attention``."""
     _check([query, packed_query, exact_keys, exact_values], shift)
@@ -84,7 +85,7 @@ def decode_attention(
     tokens = max_blocks * keys.length
     unit, splits = _division(query.device, slabs, tiles, tokens)
     columns = 1 + splits  # the exact slots first
-    scratch = Scratch.allocate(query, columns, split_output)
+    scratch = Scratch.allocate(query, columns, split_output, output_dtype)
     compiled = gluon_codebook.attend[(slabs, splits * tiles + 1)](
         query,
         packed_query,

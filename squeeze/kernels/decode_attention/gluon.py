@@ -21,7 +21,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Weights are ``2**LIFT`` times what the largest score asks for, which keeps small ones normal.
 LIFT = gl.constexpr(4.0)
@@ -796,6 +796,9 @@ def attend(
     split = gl.program_id(0)
     slab = gl.program_id(1).to(gl.int64)
     columns = exact_splits + splits
+    if OVERLAP:
+        # Launched while the kernel before it ran, which may have written the query.
+        gdc_wait()
     key_buffers = _buffers(KEYS)
     value_buffers = _buffers(VALUES)
     _, _, row, valid = _rows(slab, kv_heads, groups, steps, N, head)

@@ -121,6 +121,7 @@ def decode_attention(
     softcap: float | None,
     max_blocks: int,
     split_output: bool,
+    output_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, ...]:
     """Launch the kernel and the merge; arguments and results as in ``api.decode_attention``."""
     batch, heads, steps, size = query.shape
@@ -139,7 +140,7 @@ def decode_attention(
     def launch(setting: tuning.Setting) -> tuple[Tensor, ...]:
         slots = processors * setting.programs // (batch * kv_heads * tiles) - exact_splits
         splits = _splits(slots, max_blocks * sides[0][7])
-        scratch = Scratch.allocate(query, exact_splits + splits, split_output)
+        scratch = Scratch.allocate(query, exact_splits + splits, split_output, output_dtype)
         attend[(exact_splits + splits, batch * kv_heads, tiles)](
             query,
             packed_query,
@@ -171,6 +172,7 @@ def decode_attention(
             VALUES=sides[1],
             num_warps=1,
             maxnreg=registers(setting.programs),
+            **({"launch_pdl": True} if overlap else {}),
         )
         return scratch.merge(exact_splits, overlap)
 

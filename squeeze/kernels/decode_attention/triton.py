@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from squeeze.kernels.decode_attention import tuning
 from squeeze.kernels.decode_attention.product import multiply, multiply_add
@@ -375,7 +375,8 @@ def _merge(
     there = part < columns
     places = row * columns + part
     if OVERLAP:
-        # Launched while the splits still ran: wait for them.
+        # Launched while the splits still ran: wait for them, and let the next kernel do the same.
+        gdc_launch_dependents()
         gdc_wait()
     tile = tl.load(
         partial + places[:, None] * D + channel[None, :],
@@ -419,6 +420,7 @@ def decode_attention(
     softcap: float | None,
     max_blocks: int,
     split_output: bool,
+    output_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, ...]:
     """Launch both kernels; arguments and results as in ``api.decode_attention``.
 
@@ -450,7 +452,15 @@ def decode_attention(
 
     def launch(setting: tuning.Setting) -> tuple[Tensor, ...]:
         return _launch(
-            dense, counts, sides, options, scaling, softcap, tokens, split_output, setting
+            dense,
+            counts,
+            sides,
+            options,
+            scaling,
+            softcap,
+            tokens,
+            setting,
+            (split_output, output_dtype),
         )
 
     settings = tuning.candidates(max(side.warps for side in sides), tile)
@@ -469,7 +479,7 @@ class Scratch(NamedTuple):
         partial: float32 ``[rows, splits, D]``, rows in the order ``[B, H_kv, G, T_q]``.
         maxima: float32 ``[rows, splits]``, base-2.
         totals: As ``maxima``.
-        outputs: float32 ``[1 or 2, B, H, T_q, D]``: packed and exact part, or both together.
+        outputs: ``[1 or 2, B, H, T_q, D]``: packed and exact part, or both together.
         lse: float32 ``[B, H, T_q]``.
     """
 
@@ -480,13 +490,15 @@ class Scratch(NamedTuple):
     lse: Tensor
 
     @classmethod
-    def allocate(cls, query: Tensor, splits: int, split_output: bool) -> Scratch:
+    def allocate(
+        cls, query: Tensor, splits: int, split_output: bool, dtype: torch.dtype = torch.float32
+    ) -> Scratch:
         """Reserve memory for a call's splits."""
         batch, heads, steps, size = query.shape
         shape = (batch * heads * steps, splits)
         partial = query.new_empty(*shape, size, dtype=torch.float32)
         maxima, totals = query.new_empty(2, *shape, dtype=torch.float32)
-        outputs = query.new_empty(2 if split_output else 1, *query.shape, dtype=torch.float32)
+        outputs = query.new_empty(2 if split_output else 1, *query.shape, dtype=dtype)
         lse = query.new_empty(batch, heads, steps, dtype=torch.float32)
         return cls(partial, maxima, totals, outputs, lse)
 
@@ -525,8 +537,8 @@ def _launch(
     scaling: float,
     softcap: float | None,
     tokens: int,
-    split_output: bool,
     setting: tuning.Setting,
+    results: tuple[bool, torch.dtype],
 ) -> tuple[Tensor, ...]:
     """Allocate scratch and results, and run both kernels under one setting."""
     query, packed_query, shift, exact_keys, exact_values = dense
@@ -535,7 +547,7 @@ def _launch(
     rows = heads // kv_heads * steps
     tiles = triton.cdiv(rows, options["M"])
     splits = _splits(query.device, batch * kv_heads * tiles, tokens, setting.programs)
-    scratch = Scratch.allocate(query, splits + 1, split_output)
+    scratch = Scratch.allocate(query, splits + 1, *results)
     _attend[(splits + 1, batch * kv_heads, tiles)](
         query,
         packed_query,

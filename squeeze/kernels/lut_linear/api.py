@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def lut_linear(
         DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
     Cost: ``weight.nbytes`` read per call by Triton; plus one dense weight by the reference.
     """
-    _check(x, weight, bias)
+    check(x, weight, bias)
     if implementation == Implementation.REFERENCE:
         return reference.lut_linear(x, weight, bias)
     if implementation != Implementation.TRITON:
@@ -46,11 +48,14 @@ def lut_linear(
     require_triton("lut_linear", x)
     from squeeze.kernels.lut_linear import outliers_triton, triton
 
+    if weight.codebook.dtype == torch.uint8:  # E4M3: float16 holds every value
+        weight = replace(weight, codebook=reference.entries(weight).half())
+        x = x.clone()  # few rows need a kernel between what writes a weight and their own
     y = triton.lut_linear(x, weight, bias)
     return y if weight.outlier_values is None else outliers_triton.add_outliers(x, weight, y)
 
 
-def _check(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> None:
+def check(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> None:
     """Refuse tensors that contradict one another."""
     out_features, in_features = weight.shape
     if x.shape[-1] != in_features:
@@ -63,8 +68,8 @@ def _check(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> None:
         raise ValueError(
             f"codebook is {tuple(weight.codebook.shape)}, not {(*groups, 2**weight.bits)}"
         )
-    if weight.codebook.dtype not in (torch.int8, torch.float16):
-        raise ValueError(f"codebook is {weight.codebook.dtype}, not int8 or float16")
+    if weight.codebook.dtype not in (torch.int8, torch.uint8, torch.float16):
+        raise ValueError(f"codebook is {weight.codebook.dtype}, not int8, uint8 or float16")
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias is {tuple(bias.shape)}, not {(out_features,)}")
     if weight.indices.device != x.device:

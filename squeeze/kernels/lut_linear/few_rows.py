@@ -20,7 +20,6 @@ ROWS = 16  # rows of x up to which this is the kernel to choose
 TILES = 1  # sixteens of weight rows of a tile
 SHARED_BYTES = 112 * 1024  # of a program, where two are to fit a multiprocessor
 PARTS_PER_STEP = 500_000  # partial outputs written and added up in the time of a step
-EARLY_BYTES = 64 * 1024  # of weights that a program has the cache fetch, behind the first ones
 CAPABILITY = (9, 0)  # of GPUs; others keep to the other kernels
 
 
@@ -37,7 +36,6 @@ class Shape:
     warps: int
     each: int  # blocks of x that a warp has under way
     halves: int  # of the entries: 2 looks them up by addition, 1 by choice
-    ahead: int  # steps of each tile that the cache fetches early
 
     @property
     def column_tiles(self) -> int:
@@ -72,11 +70,15 @@ def _add_up(parts, y, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 def fits(x: Tensor, weight: ClusteredWeight) -> bool:
     """Whether the kernel takes this weight and ``[rows, in]``, and is the one to choose."""
+    return 0 < len(x) <= ROWS and takes(x, weight)
+
+
+def takes(x: Tensor, weight: ClusteredWeight) -> bool:
+    """Whether weights of this form can be streamed, and multiplied by x of this dtype."""
     u = weight.indices.shape[1] // weight.bits
     return (
         x.is_cuda
         and x.dtype in (torch.float16, torch.bfloat16)
-        and 0 < len(x) <= ROWS
         and weight.bits in (2, 3, 4)
         and weight.codebook.shape[1] == 1
         and u % 4 == 0
@@ -110,16 +112,19 @@ def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tenso
         PIECES=pieces, SHARED=weight.rows, BITS=weight.bits,
         ALIGNED=x.data_ptr() % 4 == 0 and (count == 1 or x.stride(0) % 2 == 0),
         FULL=in_features == 32 * u, WHOLE=out_features % (16 * TILES) == 0,
-        HALVES=shape.halves, AHEAD=shape.ahead,
-        SCALED=weight.scale is not None, BIASED=bias is not None,
+        HALVES=shape.halves, SCALED=weight.scale is not None, BIASED=bias is not None,
         num_warps=shape.warps, maxnreg=shape.registers, launch_pdl=True,
     )  # fmt: skip
     if shape.slices > 1:
-        _add_up[(triton.cdiv(y.numel(), 512),)](
-            parts, y, y.numel(), PARTS=shape.slices, BLOCK=512,
-            num_warps=4, launch_pdl=True,
-        )  # fmt: skip
+        add_up(parts, y)
     return y
+
+
+def add_up(parts: Tensor, y: Tensor) -> None:
+    """Write the sum of partial outputs ``[slices, rows, out]`` to ``y``."""
+    _add_up[(triton.cdiv(y.numel(), 512),)](
+        parts, y, y.numel(), PARTS=len(parts), BLOCK=512, num_warps=4, launch_pdl=True
+    )
 
 
 @cache
@@ -146,7 +151,7 @@ def _divisions(
     warps = 16 if x_rows <= 4 and pieces == 1 else 8
     tiles, all_steps = triton.cdiv(out_features, 16), triton.cdiv(u, STEP_WORDS)
     found = []
-    for slices, steps in _slicings(all_steps, programs):
+    for slices, steps in slicings(all_steps, programs):
         each_slice = min(tiles, programs // slices)
         for across in (1, 2, 4, 8, 16)[: warps.bit_length()]:
             groups = warps // across
@@ -155,7 +160,6 @@ def _divisions(
                 x_rows, slices, steps, each_slice, rounds * groups, across, warps,
                 each=min(2 if warps == 16 else 4, triton.cdiv(steps * x_rows, warps)),
                 halves=2 if bits == 4 and x_rows <= 8 else 1,
-                ahead=EARLY_BYTES // (groups * bits * 1024),
             )  # fmt: skip
             used = shape.shared_bytes(bits, pieces)
             cost = rounds * triton.cdiv(steps, across) + 3.0 * (used > SHARED_BYTES)
@@ -166,7 +170,7 @@ def _divisions(
     return found
 
 
-def _slicings(all_steps: int, programs: int) -> Iterator[tuple[int, int]]:
+def slicings(all_steps: int, programs: int) -> Iterator[tuple[int, int]]:
     """Numbers of slices, and the steps of each."""
     for slices in range(1, min(all_steps, programs) + 1):
         steps = triton.cdiv(all_steps, slices)

@@ -25,7 +25,6 @@ from squeeze.kernels.lut_linear.gluon_assembly import (
     BASE,
     COMMIT,
     COPY,
-    FETCH,
     MULTIPLY,
     lookup,
     operands,
@@ -56,13 +55,13 @@ from squeeze.kernels.lut_linear.gluon_layout import (
 
 
 @gluon.jit
-def _say(asm: gl.constexpr, some):
+def say(asm: gl.constexpr, some):
     """One instruction without operands; ``some`` is any number per thread."""
     gl.inline_asm_elementwise(asm, "=r,r", [some], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _copy_plane(
+def copy_plane(
     slot, sources, size, PLANE: gl.constexpr, TILES: gl.constexpr, BITS: gl.constexpr,
     u: gl.constexpr,
 ):  # fmt: skip
@@ -76,11 +75,11 @@ def _copy_plane(
             COPY, "=r,r,l,r", [slot + (PLANE * 2 * TILES + r) * 512, source, size],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-    _say(COMMIT, slot)
+    say(COMMIT, slot)
 
 
 @gluon.jit
-def _sources(
+def row_sources(
     indices, tile, step, lane, out_features, valid, TILES: gl.constexpr, BITS: gl.constexpr,
     u: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
@@ -99,29 +98,6 @@ def _sources(
         place = row.to(gl.int64) * (u * BITS) + word
         sources = sources + (indices.to(gl.int64) + place * 4,)
     return sources, size
-
-
-@gluon.jit
-def _fetch(
-    indices, tile, first_step, place, out_features, STEPS: gl.constexpr, AHEAD: gl.constexpr,
-    ACROSS: gl.constexpr, TILES: gl.constexpr, BITS: gl.constexpr, u: gl.constexpr,
-):  # fmt: skip
-    """Have the cache fetch AHEAD steps of a tile behind the first of each warp of its group.
-
-    ``place`` is the thread's number in the group; each takes the words of a row and a plane.
-    """
-    PIECES: gl.constexpr = 16 * TILES * BITS
-    for turn in gl.static_range(0, (PIECES + 32 * ACROSS - 1) // (32 * ACROSS)):
-        piece = place + turn * 32 * ACROSS
-        row = tile * (16 * TILES) + piece // BITS
-        word = 16 * (first_step + ACROSS)
-        count = gl.minimum(16 * (AHEAD if AHEAD < STEPS - ACROSS else STEPS - ACROSS), u - word)
-        size = gl.where((piece < PIECES) & (row < out_features), 4 * count, 0)
-        source = row.to(gl.int64) * (u * BITS) + piece % BITS * u + word
-        gl.inline_asm_elementwise(
-            FETCH, "=r,l,r", [indices.to(gl.int64) + source * 4, size],
-            dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
 
 
 @gluon.jit
@@ -229,7 +205,7 @@ def _accumulate(
 
 
 @gluon.jit
-def _fold(
+def fold(
     totals, sums, factors, x_rows, PIECES: gl.constexpr, TILES: gl.constexpr,
     COLUMN_TILES: gl.constexpr, CHAINS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
@@ -263,7 +239,7 @@ def _fold(
 
 
 @gluon.jit
-def _table(place, BITS: gl.constexpr):
+def row_table(place, BITS: gl.constexpr):
     """The words of one row's table from shared memory."""
     if BITS == 4:
         words = read4(place)
@@ -282,7 +258,7 @@ def multiply(
     ACROSS: gl.constexpr, TILES: gl.constexpr, COLUMN_TILES: gl.constexpr, EACH: gl.constexpr,
     WARPS: gl.constexpr, PIECES: gl.constexpr, SHARED: gl.constexpr, BITS: gl.constexpr,
     ALIGNED: gl.constexpr, FULL: gl.constexpr, SCALED: gl.constexpr, BIASED: gl.constexpr,
-    WHOLE: gl.constexpr, HALVES: gl.constexpr, AHEAD: gl.constexpr,
+    WHOLE: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """y[slice, m, o] = scale[o] sum_i entry(o, i) x[m, i] over a slice, + bias[o] once.
 
@@ -324,17 +300,12 @@ def multiply(
     tiles = (out_features + (16 * TILES - 1)) // (16 * TILES)
     slot = base + warp * (TILES * BITS * 1024) + lane * 16
     tile = first_tile + group * stride
-    sources, size = _sources(
+    sources, size = row_sources(
         indices, tile, first_step + across, lane, out_features,
         (tile < tiles) & (across < STEPS), TILES, BITS, u, WHOLE,
     )  # fmt: skip
     for at in gl.static_range(0, PLANES):
-        _copy_plane(slot, sources, size, plane_of(BITS, at), TILES, BITS, u)
-    if AHEAD > 0 and STEPS > ACROSS:
-        _fetch(
-            indices, tile, first_step, thread % (32 * ACROSS), out_features,
-            STEPS, AHEAD, ACROSS, TILES, BITS, u,
-        )  # fmt: skip
+        copy_plane(slot, sources, size, plane_of(BITS, at), TILES, BITS, u)
     prepare_rows(
         tables, scale, bias, base + TABLES_AT, base + FACTS_AT, thread, first_tile, stride,
         out_features, OWN, TILES, WARPS, PIECES, SHARED, BITS, HALVES, SCALED,
@@ -343,9 +314,9 @@ def multiply(
     gdc_wait()
     split_x(
         x, base + PIECES_AT, base + FACTORS_AT, thread, first_step, x_count, x_stride, in_features,
-        u, STEPS, X, WARPS, EACH, ALIGNED, FULL,
+        u, STEPS, X, WARPS, EACH, ALIGNED, FULL, 0,
     )  # fmt: skip
-    _say(BARRIER, base)
+    say(BARRIER, base)
     part_y = y + gl.program_id(1).to(gl.int64) * x_count * out_features
     columns = ()
     x_rows = ()
@@ -360,7 +331,7 @@ def multiply(
                 for half in gl.static_range(0, 2):
                     row = (local * TILES + t) * 16 + 8 * half + lane // 4
                     place = base + TABLES_AT + (row * PIECES + piece) * (4 * WORDS)
-                    row_tables = row_tables + _table(place, BITS)
+                    row_tables = row_tables + row_table(place, BITS)
         totals = ()
         for _ in gl.static_range(0, COUNT):
             totals = totals + (gl.zeros([32 * WARPS], gl.float32, layout=flat),)
@@ -371,7 +342,7 @@ def multiply(
             next_step = gl.where(same, step + ACROSS, across)
             next_tile = first_tile + next_local * stride
             valid = (next_tile < tiles) & (next_local < OWN) & (next_step < STEPS)
-            sources, size = _sources(
+            sources, size = row_sources(
                 indices, next_tile, first_step + next_step, lane, out_features, valid,
                 TILES, BITS, u, WHOLE,
             )  # fmt: skip
@@ -384,11 +355,11 @@ def multiply(
                 sums = sums + (gl.zeros([32 * WARPS], gl.int32, layout=flat),)
             kept = ()
             for at in gl.static_range(0, PLANES):
-                _say(wait(PLANES - 1), base)
+                say(wait(PLANES - 1), base)
                 words = ()
                 for r in gl.static_range(0, 2 * TILES):
                     words = words + read4(slot + (plane_of(BITS, at) * 2 * TILES + r) * 512)
-                _copy_plane(slot, sources, size, plane_of(BITS, at), TILES, BITS, u)
+                copy_plane(slot, sources, size, plane_of(BITS, at), TILES, BITS, u)
                 if groups_of(BITS, at) == 0:
                     kept = words
                 for i in gl.static_range(0, groups_of(BITS, at)):
@@ -396,7 +367,7 @@ def multiply(
                         sums, kept, words, row_tables, pieces, columns, X, group_of(BITS, at, i),
                         PIECES, TILES, COLUMN_TILES, CHAINS, BITS, HALVES,
                     )  # fmt: skip
-            folded = _fold(
+            folded = fold(
                 totals, sums, factors, x_rows, PIECES, TILES, COLUMN_TILES, CHAINS, HALVES
             )
             if STEPS % ACROSS == 0:
@@ -407,7 +378,7 @@ def multiply(
                     kept_totals = kept_totals + (gl.where(step < STEPS, folded[i], totals[i]),)
                 totals = kept_totals
         if ACROSS == 1:
-            _store(
+            store_tile(
                 part_y, totals, base + FACTS_AT, lane, local, first_tile + local * stride, x_count,
                 out_features, TILES, COLUMN_TILES,
             )  # fmt: skip
@@ -416,8 +387,8 @@ def multiply(
             for i in gl.static_range(0, COUNT):
                 write1(place + 128 * i, totals[i].to(gl.int32, bitcast=True), thread | 1)
     if ACROSS > 1:
-        _say(BARRIER, base)
-        _finish(
+        say(BARRIER, base)
+        finish(
             part_y, base + TOTALS_AT, base + FACTS_AT, thread, first_tile, stride, x_count,
             out_features, X, OWN, ACROSS, TILES, COLUMN_TILES, WARPS,
         )  # fmt: skip
@@ -425,7 +396,7 @@ def multiply(
 
 
 @gluon.jit
-def _store(
+def store_tile(
     y, totals, facts, lane, local, tile, x_count, out_features, TILES: gl.constexpr,
     COLUMN_TILES: gl.constexpr,
 ):  # fmt: skip
@@ -444,7 +415,7 @@ def _store(
 
 
 @gluon.jit
-def _finish(
+def finish(
     y, totals, facts, thread, first_tile, stride, x_count, out_features, X: gl.constexpr,
     OWN: gl.constexpr, ACROSS: gl.constexpr, TILES: gl.constexpr, COLUMN_TILES: gl.constexpr,
     WARPS: gl.constexpr,

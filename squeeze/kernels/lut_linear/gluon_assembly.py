@@ -17,10 +17,6 @@ from triton.experimental.gluon import language as gl
 BASE = gl.constexpr("mov.b32 $0, global_smem;")
 COPY = gl.constexpr("cp.async.cg.shared.global.L2::128B [$1], [$2], 16, $3; mov.b32 $0, 0;")
 COMMIT = gl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
-FETCH = gl.constexpr(
-    "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; "
-    "mov.b32 $0, 0; }"
-)
 BARRIER = gl.constexpr("bar.sync 0; mov.b32 $0, $1;")
 READ4 = gl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
 READ2 = gl.constexpr("ld.shared.v2.b32 {$0, $1}, [$2];")

@@ -10,6 +10,12 @@ from squeeze.kernels.lut_linear.outliers import corrections
 from squeeze.types import ClusteredWeight
 
 
+def entries(weight: ClusteredWeight) -> Tensor:
+    """Read the codebook, float16 or int8, or from its bits float8."""
+    book = weight.codebook
+    return book.view(torch.float8_e4m3fn) if book.dtype == torch.uint8 else book
+
+
 def reconstruct(weight: ClusteredWeight) -> Tensor:
     """Look up every index: ``W[o, i] = codebook[o / rows, i / columns, index[o, i]] * scale[o]``.
 
@@ -27,7 +33,7 @@ def reconstruct(weight: ClusteredWeight) -> Tensor:
     row = torch.arange(out_features, device=indices.device) // weight.rows
     column = torch.arange(in_features, device=indices.device) // weight.columns
     first = (row.unsqueeze(1) * blocks + column) * codes  # [out, in]
-    dense = weight.codebook.reshape(groups * blocks * codes).float()[first + indices]
+    dense = entries(weight).reshape(groups * blocks * codes).float()[first + indices]
     dense = dense if weight.scale is None else dense * weight.scale.float().unsqueeze(1)
     added = corrections(weight)
     return dense if added is None else dense + added

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squeeze.kernels.lut_linear import few_rows
+from squeeze.kernels.lut_linear import few_rows, whole_rows, wide_rows
 from squeeze.types import ClusteredWeight
 
 VECTOR_ROWS = 4  # up to here every row of x costs one multiply-add per weight
@@ -278,16 +278,17 @@ def _dense_kernel(
 def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tensor:
     """Compute ``x @ W.T + bias`` by the kernel that suits the number of rows of ``x``.
 
-    Few rows that fit: ``few_rows``. Otherwise up to 4: multiply-add in float32; up to 256:
-    matrix product on tiles decoded in registers.
-    Above: this layer's weight is decoded to a scratch in the dtype of ``x``, the library
-    multiplies, and the scratch is freed.
+    Few rows that fit: ``few_rows``, some more: ``wide_rows``. Otherwise up to 4: multiply-add in
+    float32; up to 256: matrix product on tiles decoded in registers. Above: this layer's weight is
+    decoded to a scratch in the dtype of ``x``, the library multiplies, and the scratch is freed.
     """
     out_features, in_features = weight.shape
     flat = x.reshape(-1, in_features)
     flat = flat if flat.stride(-1) == 1 or not flat.numel() else flat.contiguous()
     if len(flat) == 0:
         y = flat.new_empty(0, out_features)
+    elif wide_rows.fits(flat, weight):
+        y = wide_rows.lut_linear(flat, weight, bias)
     elif few_rows.fits(flat, weight):
         y = few_rows.lut_linear(flat, weight, bias)
     elif len(flat) <= VECTOR_ROWS:
@@ -301,9 +302,15 @@ def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tenso
 
 
 def dense(weight: ClusteredWeight, dtype: torch.dtype) -> Tensor:
-    """Decode the whole weight to ``[out, in]`` in ``dtype``."""
+    """Decode the whole weight to ``[out, in]`` in ``dtype``.
+
+    Where ``whole_rows.fits``, its contract on who wrote the weight holds.
+    """
     out_features, in_features = weight.shape
     result = weight.indices.new_empty(out_features, in_features, dtype=dtype)
+    if whole_rows.fits(result, weight):
+        whole_rows.decode(weight, result)
+        return result
     meta = _meta(weight)
     u, bj = meta.pop("u"), meta.pop("BJ")
     grid = (triton.cdiv(out_features, 16), triton.cdiv(u, bj))

@@ -2,14 +2,14 @@
 
 Threads are written out as in CUDA: a tensor holds one number per thread. A program owns ``8 UNITS``
 outputs and a share of the channels. Each of its warps lists the live ones among its own channels in
-shared memory, and then copies the program's piece of COLUMNS listed columns per instruction, 16
-bytes a lane, to a place of the lane's own in a ring. The copy of a later column starts as soon as
-this one is in registers: GROUPS * EACH of a lane are always under way, and a dead channel costs
-nothing after the list.
+shared memory; the lists become one, and the warps take its columns in turn, so that all have as
+many. An instruction copies the program's piece of COLUMNS columns, 16 bytes a lane, to a place of
+the lane's own in a ring. The copy of a later column starts as soon as this one is in registers:
+GROUPS * EACH of a lane are always under way, and a dead channel costs nothing after the list.
 
-Shared memory, in bytes: the ring ``[warp, place, lane, 16]``, after the last column the sums
-``[warp, column, output]`` and their parts; and the lists ``[warp, channel]``, a word of the value
-of x (high half) and the number of its channel.
+Shared memory, in bytes: the ring ``[warp, place, lane, 16]``, before the first column the warps'
+lists ``[warp, channel]``, after the last the sums ``[warp, column, output]`` and their parts; the
+list, a word of the value of x (high half) and the number of its channel; and the lists' lengths.
 """
 
 # Triton has no unpacking inside a tuple.
@@ -78,14 +78,20 @@ def enlist(half):
 
 @gluon.constexpr_function
 def list_at(warps, depth):
-    """Where the lists begin."""
+    """Where the list begins."""
     return warps * depth * 512
 
 
 @gluon.constexpr_function
+def counts_at(warps, depth, chunks):
+    """Where the lengths of the warps' lists begin, of so many times 32 channels each."""
+    return list_at(warps, depth) + warps * chunks * 128
+
+
+@gluon.constexpr_function
 def shared_bytes(warps, depth, chunks):
-    """Bytes of shared memory, for lists of so many times 32 channels; reads go past the last."""
-    return list_at(warps, depth) + warps * chunks * 128 + 2 * depth * 128
+    """Bytes of shared memory."""
+    return counts_at(warps, depth, chunks) + (warps + 3) // 4 * 16
 
 
 @gluon.jit
@@ -160,10 +166,31 @@ def _enlist(x, limits, channel, list_base, count, in_features, first, step, COUN
 
 
 @gluon.jit
+def _join(
+    base, own, count, lane, warp, WARPS: gl.constexpr, DEPTH: gl.constexpr, CHUNKS: gl.constexpr
+):
+    """Move the warps' lists behind each other; return how many channels they have."""
+    counts = base + counts_at(WARPS, DEPTH, CHUNKS)
+    _write1(counts + warp * 4, count.to(gl.float32, bitcast=True), (lane == 0).to(gl.int32))
+    _say(BARRIER, base)
+    before = warp * 0
+    for i in gl.static_range(0, (WARPS + 3) // 4):
+        four = _read4(counts + 16 * i)
+        for k in gl.static_range(0, 4):
+            before += gl.where(4 * i + k < warp, four[k], 0)
+    target = base + list_at(WARPS, DEPTH) + before * 4
+    for i in gl.static_range(0, CHUNKS):
+        entry = 32 * i + lane
+        word = _read1(own + entry * 4).to(gl.float32, bitcast=True)
+        _write1(target + entry * 4, word, (entry < count).to(gl.int32))
+    return gl.sum(gl.where(lane == 0, count, 0), 0)
+
+
+@gluon.jit
 def _start(slot, source, list_base, entry, count, stride, whole):
     """Start the copy of a listed column's piece; return its word of the list, 0 past the end."""
     there = entry < count
-    word = gl.where(there, _read1(list_base + entry * 4), 0)
+    word = gl.where(there, _read1(list_base + gl.where(there, entry, 0) * 4), 0)
     address = source + (word & 65535).to(gl.int64) * stride
     size = gl.where(there & whole, 16, 0)
     gl.inline_asm_elementwise(
@@ -199,8 +226,8 @@ def multiply(
 ):  # fmt: skip
     """y[share, o] = sum over the live channels i of a share of x[i] W[o, i], + bias[o] if given.
 
-    Program ``(b, share)``: outputs ``8 UNITS b`` and on; chunks of 32 channels, CHUNKS to a warp,
-    are dealt to the shares' warps in turn. Sums in float32 by lane, added up once at the end.
+    Program ``(b, share)``: outputs ``8 UNITS b`` and on; chunks of 32 channels, CHUNKS <= 4 DEPTH
+    to a warp, are dealt to the shares' warps in turn. Sums in float32 by lane, added up at the end.
     """
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     DEPTH: gl.constexpr = GROUPS * EACH
@@ -219,15 +246,17 @@ def multiply(
     warp = thread // 32
     step = gl.num_programs(1) * (32 * WARPS)
     channel = gl.program_id(1) * (32 * WARPS) + thread
-    list_base = base + list_at(WARPS, DEPTH) + warp * (CHUNKS * 128)
+    own = base + warp * (CHUNKS * 128)
     FIRST: gl.constexpr = CHUNKS % BATCH if CHUNKS % BATCH else BATCH
     limits = _limits(threshold, channel, in_features, 0, step, FIRST)
     gdc_wait()
-    count = _enlist(x, limits, channel, list_base, thread * 0, in_features, 0, step, FIRST)
+    count = _enlist(x, limits, channel, own, thread * 0, in_features, 0, step, FIRST)
     for first in range(FIRST, CHUNKS, BATCH):
         more = _limits(threshold, channel, in_features, first, step, BATCH)
-        count = _enlist(x, more, channel, list_base, count, in_features, first, step, BATCH)
-    _say(MEET, base)
+        count = _enlist(x, more, channel, own, count, in_features, first, step, BATCH)
+    total = _join(base, own, count, lane, warp, WARPS, DEPTH, CHUNKS)
+    _say(BARRIER, base)  # the list is whole, and the ring is free
+    list_base = base + list_at(WARPS, DEPTH)
 
     sub = lane // UNITS
     unit = gl.program_id(0) * UNITS + lane % UNITS
@@ -237,16 +266,15 @@ def multiply(
     slot = base + warp * (DEPTH * 512) + lane * 16
     held = ()
     for place in gl.static_range(0, DEPTH):
-        entry = place * COLUMNS + sub
+        entry = (place * WARPS + warp) * COLUMNS + sub
         at = slot + place * 512
-        held = held + (_start(at, source, list_base, entry, count, stride, whole),)
+        held = held + (_start(at, source, list_base, entry, total, stride, whole),)
         if place % EACH == EACH - 1:
             _say(COMMIT, base)
     sums = ()
     for _ in gl.static_range(0, 8):
         sums = sums + (gl.zeros([32 * WARPS], gl.float32, layout=flat),)
-    longest = gl.max(count, 0)
-    for done in range(0, longest, DEPTH * COLUMNS):
+    for done in range(0, total, DEPTH * WARPS * COLUMNS):
         under_way = ()
         for group in gl.static_range(0, GROUPS):
             _say(wait(GROUPS - 1), base)
@@ -254,9 +282,9 @@ def multiply(
             for i in gl.static_range(0, EACH):
                 pieces = pieces + (_read4(slot + (group * EACH + i) * 512),)
             for i in gl.static_range(0, EACH):
-                entry = done + (DEPTH + group * EACH + i) * COLUMNS + sub
+                entry = ((DEPTH + group * EACH + i) * WARPS + warp) * COLUMNS + done + sub
                 at = slot + (group * EACH + i) * 512
-                started = _start(at, source, list_base, entry, count, stride, whole)
+                started = _start(at, source, list_base, entry, total, stride, whole)
                 under_way = under_way + (started,)
             _say(COMMIT, base)
             for i in gl.static_range(0, EACH):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -9,15 +10,18 @@ import torch
 import triton
 from torch import Tensor
 
-WARPS = 16  # of a program
-RESIDENT = 1  # programs per multiprocessor
+UNITS = (8, 16, 32)  # all lanes copy, and pieces of columns are whole lines
+SHARES = 16  # at most
+WARPS, FEW_WARPS = 16, 8  # of a program
+SHORT = 32768  # units times channels up to which a program has few, and one of the next call fits
 GROUPS = 4  # of copies under way
-EACH = 2  # copies of a group, 16 bytes a lane
+EACH = 4  # copies of a group, 16 bytes a lane
 CHANNELS = 65536  # the list has 16 bits for a channel
-LIST_BYTES = 128 * 1024  # of shared memory for the lists of a program
-SUM_COST = 12  # a second kernel for the shares, in units of work
+LIST_BYTES = 64 * 1024  # of shared memory for the list of a program
+NARROW = 1  # units that a column's piece takes in time beside its own
+START, SUM_COST = 8, 12  # a program's start, a second kernel for the shares; in units of work
+DTYPES = (torch.bfloat16,)  # of x that were seen to be right; float16 compiles as well
 CAPABILITY = (9, 0)  # of GPUs; others keep to the other kernels
-NARROW = 1.15  # how much slower columns come in pieces of less than 128 bytes
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Shape:
 
     units: int  # eights of outputs of a program
     shares: int  # of the channels
+    warps: int  # of a program
     chunks: int  # 32 channels each, of a warp
 
 
@@ -34,7 +39,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     out_features, in_features = weight.shape
     return (
         x.is_cuda
-        and x.dtype in (torch.float16, torch.bfloat16)
+        and x.dtype in DTYPES
         and len(x) == 1
         and in_features <= CHANNELS
         and out_features % 8 == 0
@@ -62,8 +67,9 @@ def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | Non
     blocks = triton.cdiv(out_features, 8 * shape.units)
     stream.multiply[(blocks, shape.shares)](
         x, weight, threshold, bias, parts, out_features, in_features, weight.stride(1),
-        UNITS=shape.units, CHUNKS=shape.chunks, GROUPS=GROUPS, EACH=EACH, WARPS=WARPS,
-        BIASED=bias is not None and not split, num_warps=WARPS, launch_pdl=True,
+        UNITS=shape.units, CHUNKS=shape.chunks, GROUPS=GROUPS, EACH=EACH,
+        WARPS=shape.warps, BIASED=bias is not None and not split,
+        num_warps=shape.warps, launch_pdl=True,
     )  # fmt: skip
     if split:
         add_shares(parts, bias, y)
@@ -72,17 +78,20 @@ def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | Non
 
 @cache
 def divide(out_features: int, in_features: int, processors: int) -> Shape:
-    """The division with the least work for the busiest multiprocessor."""
+    """The division with the least work for the busiest multiprocessor.
+
+    Of equal ones the one with the fewest shares, whose sums need not be written and read again.
+    """
     every = triton.cdiv(out_features, 8)
     found = []
-    for units in range(1, 33):
-        for shares in range(1, 17):
-            chunks = triton.cdiv(in_features, 32 * WARPS * shares)
-            if chunks * WARPS * 128 > LIST_BYTES:
-                continue
-            programs = triton.cdiv(every, units) * shares
-            work = triton.cdiv(programs, processors * RESIDENT) * units * chunks * RESIDENT
-            cost = work * (NARROW if units < 8 else 1.0) + SUM_COST * (shares > 1)
-            found.append((cost, -units, shares, chunks))
-    _, units, shares, chunks = min(found)
-    return Shape(-units, shares, chunks)
+    for units, shares in itertools.product(UNITS, range(1, SHARES + 1)):
+        channels = triton.cdiv(in_features, shares)
+        waves = triton.cdiv(triton.cdiv(every, units) * shares, processors)
+        warps = FEW_WARPS if waves == 1 and units * channels <= SHORT else WARPS
+        chunks = triton.cdiv(channels, 32 * warps)
+        if chunks * warps * 128 > LIST_BYTES or chunks > 4 * GROUPS * EACH:
+            continue
+        work = (units + NARROW) * chunks * warps / WARPS + START
+        found.append((waves * work + SUM_COST * (shares > 1), shares, -units, warps, chunks))
+    _, shares, units, warps, chunks = min(found)
+    return Shape(-units, shares, warps, chunks)

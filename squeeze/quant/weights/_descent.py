@@ -7,6 +7,8 @@ stands for in each of its B runs of ``columns`` columns. Everything is float32, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -141,10 +143,10 @@ def solve(matrix: Tensor, slope: Tensor) -> Tensor:
     return -torch.linalg.solve((matrix + ridge).double(), slope.double()).float()
 
 
-def round_entries(entries: Tensor, matrix: Tensor, limit: int) -> Tensor:
-    """Round ``[G, K]`` to integers, each making up for the rounding of those before it."""
+def round_entries(entries: Tensor, matrix: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """Round ``[G, K]``, each making up for the rounding of those before it."""
     curvature = matrix.diagonal(dim1=1, dim2=2)
-    result = entries.round().clamp(-limit, limit)
+    result = rounding(entries)
     for _ in range(2):
         for k in range(entries.shape[1]):
             pull = (matrix[:, k] * (result - entries)).sum(1) - curvature[:, k] * (
@@ -152,5 +154,5 @@ def round_entries(entries: Tensor, matrix: Tensor, limit: int) -> Tensor:
             )
             best = entries[:, k] - pull / curvature[:, k].clamp(min=1e-30)
             used = curvature[:, k] > 0
-            result[:, k] = torch.where(used, best, entries[:, k]).round().clamp(-limit, limit)
+            result[:, k] = rounding(torch.where(used, best, entries[:, k]))
     return result

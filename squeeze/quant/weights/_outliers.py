@@ -25,7 +25,7 @@ class SparsePalette(Palette):
     A correction is what the palette's value lacks, float16 with a 16-bit column number, by rows.
 
     Attributes:
-        bits, granularity, rows_per_codebook, entries: See ``Palette``.
+        bits, granularity, rows_per_codebook, entries, inputs: See ``Palette``.
         sparse_outliers: Share of all weights that have a correction; 32 bits each, and 32 a row.
 
     Source: S. Kim et al. 2023, SqueezeLLM, https://arxiv.org/abs/2306.07629, section 4.2.

@@ -14,9 +14,42 @@ from squeeze.kernels import bits as packing
 from squeeze.kernels.kmeans1d.api import kmeans1d
 from squeeze.types import ClusteredWeight
 
-LIMIT = 127  # symmetric int8 entries
 STEPS = 48  # candidate scales per codebook, down to 70% of the largest
 REFITS = 3  # rounds of scale, entries and indices against one another
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Numbers that 8 bits hold, which a scale per output row multiplies.
+
+    Attributes:
+        dtype: What they are stored in; uint8 stands for the bits of E4M3.
+        limit: The largest.
+    """
+
+    dtype: torch.dtype
+    limit: int
+
+    def round(self, entries: Tensor) -> Tensor:
+        """Round to the nearest of them, kept in float32."""
+        inside = entries.clamp(-self.limit, self.limit)
+        if self.dtype == torch.int8:
+            return inside.round()
+        return inside.to(torch.float8_e4m3fn).float() + 0.0  # no negative zero
+
+    def store(self, entries: Tensor) -> Tensor:
+        """Store what ``round`` returned."""
+        if self.dtype == torch.int8:
+            return entries.to(torch.int8)
+        return entries.to(torch.float8_e4m3fn).view(torch.uint8)
+
+    def load(self, stored: Tensor) -> Tensor:
+        """Undo ``store``, to float32."""
+        wide = stored if self.dtype == torch.int8 else stored.view(torch.float8_e4m3fn)
+        return wide.float()
+
+
+GRIDS = {"int8": Grid(torch.int8, 127), "float8": Grid(torch.uint8, 448)}
 
 
 @dataclass(frozen=True)
@@ -28,13 +61,22 @@ class Palette:
         granularity: What shares a codebook: the tensor, a block of output rows, a row, or a tile
             of 8 rows by 64 columns.
         rows_per_codebook: Rows of a block when granularity is ``rows``.
-        entries: ``float16`` entries, or ``int8`` entries times a float16 scale per output row.
+        entries: ``float16`` entries, or ``int8`` or ``float8`` (E4M3) entries times a float16 scale
+            per output row.
+        inputs: ``float8`` rounds the inputs of each token to E4M3 under a scale of its own, so that
+            float8 tensor cores multiply them by ``float8`` entries; ``None`` leaves them.
     """
 
     bits: Annotated[int, Field(ge=1, le=8)] = 4
     granularity: Literal["tensor", "rows", "row", "tile"] = "row"
     rows_per_codebook: Annotated[int, Field(ge=1)] = 8
-    entries: Literal["float16", "int8"] = "int8"
+    entries: Literal["float16", "int8", "float8"] = "int8"
+    inputs: Literal["float8"] | None = None
+
+    @property
+    def grid(self) -> Grid | None:
+        """What entries are rounded to where rows have a scale; ``None`` for ``float16``."""
+        return GRIDS.get(self.entries)
 
     def cluster(
         self, dense: Tensor, mass: Tensor, exact: bool = True
@@ -51,11 +93,12 @@ class Palette:
         """
         out_features, in_features = dense.shape
         rows, columns = self.sharing(out_features, in_features)
-        fit = _fit_scaled if self.entries == "int8" else _fit_plain
         values, mass = split(dense, rows, columns), split(mass, rows, columns)
-        indices, codebook, scale = fit(values, mass, 2**self.bits, exact)
-        if scale is not None:
-            scale = scale[:, 0].flatten()[:out_features].contiguous()
+        if self.grid is None:
+            indices, codebook = _fit_plain(values, mass, 2**self.bits, exact)
+            return join(indices, out_features, in_features), codebook, None
+        indices, codebook, scale = _fit_scaled(values, mass, 2**self.bits, exact, self.grid)
+        scale = scale[:, 0].flatten()[:out_features].contiguous()
         return join(indices, out_features, in_features), codebook, scale
 
     def pack(self, indices: Tensor, codebook: Tensor, scale: Tensor | None) -> ClusteredWeight:
@@ -69,6 +112,7 @@ class Palette:
             self.bits,
             shape,
             *self.sharing(*shape),
+            inputs=self.inputs,
         )
 
     def empty(
@@ -78,8 +122,8 @@ class Palette:
         rows, columns = self.sharing(out_features, in_features)
         words = packing.words(-(-in_features // 32) * 32, self.bits)
         groups = (-(-out_features // rows), -(-in_features // columns))
-        scaled = self.entries == "int8"
-        entries = torch.int8 if scaled else torch.float16
+        scaled = self.grid is not None
+        entries = self.grid.dtype if self.grid else torch.float16
         return ClusteredWeight(
             torch.empty(out_features, words, dtype=torch.int32, device=device),
             torch.empty(*groups, 2**self.bits, dtype=entries, device=device),
@@ -88,6 +132,7 @@ class Palette:
             (out_features, in_features),
             rows,
             columns,
+            inputs=self.inputs,
         )
 
     def shape_bytes(self, out_features: int, in_features: int) -> int:
@@ -102,8 +147,16 @@ class Palette:
         """Refuse shapes on which this would not save anything.
 
         Raises:
-            UnsupportedError: codebooks and indices take 16 bits per weight or more.
+            UnsupportedError: codebooks and indices take 16 bits per weight or more; or inputs are
+                rounded to E4M3 and entries are not.
         """
+        if self.inputs and self.entries != "float8":
+            raise UnsupportedError(
+                f"{type(self).__name__.lower()}: inputs",
+                f"inputs in {self.inputs} and entries in {self.entries}",
+                "entries in float8",
+                "Set entries: float8 too, or leave inputs out",
+            )
         effective = self.shape_bits(out_features, in_features)
         if effective >= 16:
             raise UnsupportedError(
@@ -148,30 +201,28 @@ def _assign(values: Tensor, codebook: Tensor) -> Tensor:
     return found.view(values.shape).to(torch.uint8)
 
 
-def _fit_plain(
-    values: Tensor, mass: Tensor, clusters: int, exact: bool
-) -> tuple[Tensor, Tensor, None]:
+def _fit_plain(values: Tensor, mass: Tensor, clusters: int, exact: bool) -> tuple[Tensor, Tensor]:
     """Cluster the weights themselves; entries are the centroids in float16."""
     codebook = _cluster(values, mass, clusters, exact).half()
-    return _assign(values, codebook.float()), codebook, None
+    return _assign(values, codebook.float()), codebook
 
 
 def _fit_scaled(
-    values: Tensor, mass: Tensor, clusters: int, exact: bool
+    values: Tensor, mass: Tensor, clusters: int, exact: bool, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster rows in units of their scale, round the entries, then refit all three in turn.
 
     Returns:
-        indices uint8 ``[G, B, rows, columns]``, entries int8 ``[G, B, K]``, and the scale float16
-        ``[G, B, rows]``, equal for all B (a row has one scale).
+        indices uint8 ``[G, B, rows, columns]``, entries ``[G, B, K]`` as stored, and the scale
+        float16 ``[G, B, rows]``, equal for all B (a row has one scale).
     """
-    scale = representable(values.abs().amax(dim=(1, 3)) / LIMIT)[:, None, :, None]
+    scale = representable(values.abs().amax(dim=(1, 3)) / grid.limit)[:, None, :, None]
     units = mass * scale.square()
     centroids = _cluster(values / scale, units, clusters, exact)
     indices = _assign(values / scale, centroids)
-    factor = _best_factor(centroids, _per_code(units, indices, clusters))
+    factor = _best_factor(centroids, _per_code(units, indices, clusters), grid)
     scale = representable(scale * factor[:, :, None, None])
-    entries = rounded(centroids / factor[..., None])
+    entries = grid.round(centroids / factor[..., None])
     indices = _assign(values / scale, entries)
     best = _error(values, mass, scale, entries, indices)
     for _ in range(REFITS):
@@ -183,7 +234,7 @@ def _fit_scaled(
         weight = _per_code(units, indices, clusters)
         moment = _per_code(units * values / trial_scale, indices, clusters)
         trial = torch.where(weight > 0, moment / weight, entries)
-        trial = rounded(trial).sort(-1).values
+        trial = grid.round(trial).sort(-1).values
         trial_indices = _assign(values / trial_scale, trial)
         error = _error(values, mass, trial_scale, trial, trial_indices)
         better = (error < best)[:, None, None]
@@ -191,20 +242,21 @@ def _fit_scaled(
         entries = torch.where(better, trial, entries)
         scale = torch.where(better[..., None], trial_scale, scale)
         indices = torch.where(better[..., None], trial_indices, indices)
-    return indices, entries.to(torch.int8), scale[..., 0].expand(-1, 1, -1).half()
+    return indices, grid.store(entries), scale[..., 0].expand(-1, 1, -1).half()
 
 
-def _best_factor(centroids: Tensor, weight: Tensor) -> Tensor:
+def _best_factor(centroids: Tensor, weight: Tensor, grid: Grid) -> Tensor:
     """Factor on the scales under which rounding the centroids costs least, ``[G, 1]``.
 
-    Centroids are in units of the scale, at most 127; one factor serves all blocks of the rows.
+    Centroids are in units of the scale, at most the grid's limit; one factor serves all blocks of
+    the rows.
     """
-    peak = centroids.abs().amax((1, 2)).clamp(min=1e-6) / LIMIT
+    peak = centroids.abs().amax((1, 2)).clamp(min=1e-6) / grid.limit
     best = torch.full_like(peak, torch.inf)
     result = peak.clone()
     for share in torch.linspace(1.0, 1 / 0.7, STEPS).tolist():
         factor = peak * share
-        near = rounded(centroids / factor[:, None, None]) * factor[:, None, None]
+        near = grid.round(centroids / factor[:, None, None]) * factor[:, None, None]
         error = (weight * (centroids - near).square()).sum((1, 2))
         result = torch.where(error < best, factor, result)
         best = torch.minimum(error, best)
@@ -225,11 +277,6 @@ def _decode(entries: Tensor, indices: Tensor) -> Tensor:
 def _error(values: Tensor, mass: Tensor, scale: Tensor, entries: Tensor, indices: Tensor) -> Tensor:
     """Weighted squared error of every row of blocks, ``[G]``."""
     return (mass * (values - scale * _decode(entries, indices)).square()).sum((1, 2, 3))
-
-
-def rounded(entries: Tensor) -> Tensor:
-    """Round to int8 values, kept in float32."""
-    return entries.round().clamp(-LIMIT, LIMIT)
 
 
 def representable(scale: Tensor) -> Tensor:

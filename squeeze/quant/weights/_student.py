@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from squeeze.kernels import bits as packing
-from squeeze.quant.weights._palette import LIMIT, join, representable, rounded, split
+from squeeze.quant.weights._palette import Grid, join, representable, split
 from squeeze.saved_tensors import SavedTensors
 from squeeze.types import ClusteredWeight
 
-MARGIN = 0.05  # of the way to its entry that a weight keeps from the border of its cell
+# Of the way to its entry that a weight keeps from the border of its cell.
+MARGIN = {"attention": 0.05, "straight": 0.3}
 
 
 class Student(nn.Module):
@@ -31,19 +32,21 @@ class Student(nn.Module):
         super().__init__()
         self.method, self.shape = method, packed.shape
         self.rows, self.columns = packed.rows, packed.columns
-        self.scaled = packed.scale is not None
         indices = split(_indices(packed), self.rows, self.columns)
         self.grid = indices.shape
-        codebook = packed.codebook.float().flatten(0, 1)
-        if packed.scale is not None:
-            unit = packed.scale.float() * LIMIT
-            codebook = codebook / LIMIT
+        self.eight_bits: Grid | None = method.grid
+        if packed.scale is not None and self.eight_bits:
+            unit = packed.scale.float() * self.eight_bits.limit
+            codebook = self.eight_bits.load(packed.codebook).flatten(0, 1) / self.eight_bits.limit
         else:
+            codebook = packed.codebook.float().flatten(0, 1)
             peak = codebook.abs().amax().clamp(min=1e-12)
             unit = peak.expand(self.shape[0]).clone()
             codebook = codebook / peak
         self.entries = nn.Parameter(codebook)
-        self.log_scale = nn.Parameter(torch.zeros_like(unit), requires_grad=self.scaled)
+        self.log_scale = nn.Parameter(
+            torch.zeros_like(unit), requires_grad=packed.scale is not None
+        )
         self.latent: nn.Parameter | None = None
         self.register_buffer("unit", unit)
         self.register_buffer("indices", indices.flatten(2).flatten(0, 1))
@@ -80,7 +83,7 @@ class Student(nn.Module):
         edge = entries.new_full((len(entries), 1), 2.0)
         low = torch.cat([-edge, middle], 1).gather(1, indices) - own
         high = torch.cat([middle, edge], 1).gather(1, indices) - own
-        kept = 1 - MARGIN
+        kept = 1 - MARGIN[self.method.derivative]
         offset = torch.minimum(torch.maximum(offset, low * kept), high * kept)
         self.latent = nn.Parameter(own + offset)
 
@@ -95,12 +98,12 @@ class Student(nn.Module):
         entries, order = entries.sort(-1)
         indices = order.argsort(-1).gather(1, indices)
         shape = (self.grid[0], self.grid[1], entries.shape[1])
-        codebook = (entries * LIMIT).round() if self.scaled else entries * self.unit[0]
-        return self.method.pack(
-            join(indices.view(self.grid), *self.shape).to(torch.uint8),
-            codebook.view(shape).to(torch.int8 if self.scaled else torch.float16),
-            (self._scale() / LIMIT).half() if self.scaled else None,
-        )
+        indices = join(indices.view(self.grid), *self.shape).to(torch.uint8)
+        if self.eight_bits is None:
+            return self.method.pack(indices, (entries * self.unit[0]).view(shape).half(), None)
+        limit, on_grid = self.eight_bits.limit, self.eight_bits.round
+        codebook = self.eight_bits.store(on_grid(entries * limit)).view(shape)
+        return self.method.pack(indices, codebook, (self._scale() / limit).half())
 
     def _attend(self, latent: Tensor, saved: SavedTensors) -> Tensor:
         """Nearest entries; a weight's derivative is that of what it attends to.
@@ -115,7 +118,8 @@ class Student(nn.Module):
                 soft = (share @ entries.detach()[..., None])[..., 0]
         else:
             # Nothing of the attention is kept for backward but its derivative in closed form.
-            entries, soft = self.entries, x * self._slope(x.detach())
+            straight = self.method.derivative == "straight"
+            entries, soft = self.entries, x if straight else x * self._slope(x.detach())
         entries = _through(entries, self._round(entries.detach()))
         hard = entries.gather(1, _nearest(x.detach(), entries.detach()))
         return hard + (soft - soft.detach())
@@ -150,8 +154,8 @@ class Student(nn.Module):
 
     def _round(self, entries: Tensor) -> Tensor:
         """Round entries in units of ``unit`` to what is stored."""
-        if self.scaled:
-            return rounded(entries * LIMIT) / LIMIT
+        if self.eight_bits:
+            return self.eight_bits.round(entries * self.eight_bits.limit) / self.eight_bits.limit
         return (entries * self.unit[0]).half().float() / self.unit[0]
 
     def _stored_entries(self) -> Tensor:
@@ -160,9 +164,10 @@ class Student(nn.Module):
     def _scale(self) -> Tensor:
         """What a row's entries are multiplied by, ``[out]``."""
         scale = self.unit * self.log_scale.exp()
-        if not self.scaled:
+        if self.eight_bits is None:
             return scale
-        return _through(scale, representable(scale.detach() / LIMIT) * LIMIT)
+        limit = self.eight_bits.limit
+        return _through(scale, representable(scale.detach() / limit) * limit)
 
 
 def _attention(x: Tensor, entries: Tensor, heat: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -28,9 +28,12 @@ class Dkm(Palette):
     text; ``squeeze.distill`` runs it. The result is an ordinary palette.
 
     Attributes:
-        bits, granularity, rows_per_codebook, entries: See ``Palette``.
+        bits, granularity, rows_per_codebook, entries, inputs: See ``Palette``.
         start: Method that makes the first palette: its name, or a mapping of ``method`` and
             parameters.
+        derivative: Of what a weight stands for by the weight: of the ``attention``, or 1
+            (``straight``), as if nothing were rounded; each weight then has a learning rate of its
+            own (Adam), where attending weights of a codebook share one.
         temperature: tau, in squares of the mean gap between a codebook's entries.
         iterations: Rounds in which entries become the mean of the weights attending to them; with
             0 entries are trained themselves.
@@ -41,6 +44,8 @@ class Dkm(Palette):
         weight_rate: Learning rate of weights, in the same units.
         echo: Share of sequences whose second half repeats passages of the first, so that looking
             back is trained as well as guessing.
+        own_text: Share of sequences that the dense model wrote itself, going on from calibration
+            text: fresh text where the calibration text is short.
         hidden: What a relative squared error of the layers' outputs counts beside the divergence.
         uniquify, marshal, shard: See ``squeeze.saved_tensors``; they count where there are
             ``iterations``, for without them no attention is kept for backward.
@@ -49,13 +54,15 @@ class Dkm(Palette):
         2023, eDKM, https://arxiv.org/abs/2309.00964.
     Differs: starts at a calibrated palette, whose indices stay fixed for the first steps while
         entries and scales are trained (codebook tuning, no k-means); the forward pass uses the
-        nearest entry and the backward pass the attention's derivative (straight-through), so
-        nothing changes when training ends; entries are parameters, with the derivative of their
-        own members, unless ``iterations`` asks for the attention's means; entries and scales are
-        rounded to what is stored throughout; predictions of the dense model, not labels.
+        nearest entry and the backward pass the attention's derivative or, with ``derivative:
+        straight``, the identity (straight-through), so nothing changes when training ends; entries
+        are parameters, with the derivative of their own members, unless ``iterations`` asks for the
+        attention's means; entries and scales are rounded to what is stored throughout; predictions
+        of the dense model, not labels.
     """
 
     start: str | dict[str, Any] = "kmeans"
+    derivative: Literal["attention", "straight"] = "attention"
     temperature: Annotated[float, Field(gt=0)] = 0.05
     iterations: Annotated[int, Field(ge=0)] = 0
     steps: Annotated[int, Field(ge=0)] = 200
@@ -64,6 +71,7 @@ class Dkm(Palette):
     entry_rate: Annotated[float, Field(gt=0)] = 4e-3
     weight_rate: Annotated[float, Field(gt=0)] = 5e-4
     echo: Annotated[float, Field(ge=0, le=1)] = 0.0
+    own_text: Annotated[float, Field(ge=0, le=1)] = 0.0
     hidden: Annotated[float, Field(ge=0)] = 0.0
     uniquify: bool = False
     marshal: bool = False
@@ -79,8 +87,16 @@ class Dkm(Palette):
 
         Raises:
             UnsupportedError: see above.
+            RecipeError: ``iterations`` without the attention that they need.
         """
         super().check(out_features, in_features)
+        if self.iterations and self.derivative != "attention":
+            raise RecipeError(
+                "weights: iterations",
+                f"got {self.iterations} with derivative {self.derivative!r}",
+                "0, or derivative 'attention'",
+                "Leave one of the two out",
+            )
         shape = (out_features, in_features)
         if self.starting().shape_bytes(*shape) != self.shape_bytes(*shape):
             raise UnsupportedError(
@@ -102,6 +118,7 @@ class Dkm(Palette):
             "granularity": self.granularity,
             "rows_per_codebook": self.rows_per_codebook,
             "entries": self.entries,
+            "inputs": self.inputs,
         }
         name = chosen.pop("method")
         method = registry.get("weights", name, "weights: start")

@@ -30,7 +30,9 @@ class KMeans(SparsePalette):
         granularity: What shares a codebook: the tensor, a block of output rows, a row, or a tile
             of 8 rows by 64 columns.
         rows_per_codebook: Rows of a block when granularity is ``rows``.
-        entries: ``float16`` entries, or ``int8`` entries times a float16 scale per output row.
+        entries: ``float16`` entries, or ``int8`` or ``float8`` (E4M3) entries times a float16 scale
+            per output row.
+        inputs: ``float8`` rounds the inputs of each token to E4M3; see ``Palette``.
         sparse_outliers: See ``SparsePalette``.
         importance: Weight errors by the Fisher diagonal, or equally.
 

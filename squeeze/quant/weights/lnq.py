@@ -21,7 +21,7 @@ from squeeze.quant.weights._descent import (
     times,
 )
 from squeeze.quant.weights._outliers import SparsePalette
-from squeeze.quant.weights._palette import LIMIT, representable
+from squeeze.quant.weights._palette import representable
 from squeeze.registry import register
 from squeeze.types import ClusteredWeight
 
@@ -40,7 +40,7 @@ class Lnq(SparsePalette):
     loss gradient of the outputs, one H for each group of rows.
 
     Attributes:
-        bits, granularity, rows_per_codebook, entries: See ``Palette``.
+        bits, granularity, rows_per_codebook, entries, inputs: See ``Palette``.
         sparse_outliers: See ``SparsePalette``.
         guidance: Weight tokens by the end ``loss``, or ``none``.
         rounds: Alternations of codebooks and indices.
@@ -105,11 +105,10 @@ class Lnq(SparsePalette):
             inputs = hessian.mean(0, keepdim=True)
             for _ in range(self.sweeps):
                 state = self.sweep(dense, inputs, coupling, state)
-        scaled = self.entries == "int8"
         return self.pack(
             state.indices.to(torch.uint8),
-            state.entries.to(torch.int8 if scaled else torch.float16),
-            state.scale.half() if scaled else None,
+            self.grid.store(state.entries) if self.grid else state.entries.half(),
+            state.scale.half() if self.grid else None,
         )
 
     def _diagonal(self, dense: Tensor, hessian: Tensor) -> Tensor:
@@ -121,9 +120,10 @@ class Lnq(SparsePalette):
         """Cluster by the diagonal of the Hessian, as well as a start has to."""
         mass = self._diagonal(dense, hessian)
         indices, entries, scale = self.cluster(dense, mass, exact=False)
+        entries = self.grid.load(entries) if self.grid else entries.float()
         scale = dense.new_ones(len(dense)) if scale is None else scale.float()
         rows = self.sharing(dense.shape[0], dense.shape[1])[0]
-        return _State(entries.float(), scale, indices.long(), rows)
+        return _State(entries, scale, indices.long(), rows)
 
     def round(self, dense: Tensor, hessian: Tensor, state: _State, cycles: int) -> _State:
         """Fit entries to indices, then indices to entries."""
@@ -171,7 +171,7 @@ class Lnq(SparsePalette):
         columns = self.sharing(dense.shape[0], dense.shape[1])[1]
         entries, matrices = self._solve(dense, hessian, state, columns)
         trial = self._round(entries, matrices, state)
-        if self.entries == "int8":
+        if self.grid:
             values = trial.values(columns)
             power = times(values, hessian)
             ratio = (power * dense).sum(1) / (power * values).sum(1).clamp(min=1e-30)
@@ -221,12 +221,13 @@ class Lnq(SparsePalette):
         return entries, matrices
 
     def _round(self, entries: Tensor, matrices: list[Tensor], state: _State) -> _State:
-        """Round solved entries to what is stored, the largest to the end of the int8 range."""
-        if self.entries == "float16":
+        """Round solved entries to what is stored, the largest to the end of the 8-bit range."""
+        if self.grid is None:
             return replace(state, entries=entries.half().float())
-        peak = entries.abs().amax((1, 2)).clamp(min=1e-6) / LIMIT
+        peak = entries.abs().amax((1, 2)).clamp(min=1e-6) / self.grid.limit
         units = entries / peak[:, None, None]
-        runs = [round_entries(units[:, b], matrix, LIMIT) for b, matrix in enumerate(matrices)]
+        rounding = self.grid.round
+        runs = [round_entries(units[:, b], matrix, rounding) for b, matrix in enumerate(matrices)]
         scale = representable(state.scale * state.spread(peak))
         return replace(state, entries=torch.stack(runs, 1), scale=scale)
 

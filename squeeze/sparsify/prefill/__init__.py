@@ -9,7 +9,8 @@ annotations say which values are allowed. Beside its own parameters it has
   ``keys [B, H_kv, T, D]`` after RoPE, for causal attention of the last T_q of T tokens; T_q < T
   where earlier parts of the prompt came before. ``starts`` is int64 ``[B]``, the number of
   left-padding tokens of each row, or ``None`` when there are none. A policy with ``asks_types``
-  takes ``types`` too, int ``[B, T]``, 0 for text.
+  takes ``types`` too, int ``[B, T]``, 0 for text; one with ``asks_implementation`` takes
+  ``implementation``, of the kernels that it estimates, selects and lists with.
 
 One that calibration can tune head by head has ``tuned``, the name of the parameter that says how
 much is read; ``ladder``, values of it from the least read to the most; and a field ``heads``, one

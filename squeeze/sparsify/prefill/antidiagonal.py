@@ -9,9 +9,11 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from squeeze.registry import register
-from squeeze.sparsify.estimate import CELL_BYTES, Span, antidiagonal_weights
-from squeeze.sparsify.selection import PAIR_BYTES, list_blocks, per_head
-from squeeze.types import BlockIndex
+from squeeze.sparsify.estimate import Span, antidiagonal_bytes, antidiagonal_weights
+from squeeze.sparsify.index import MIN_LENGTH
+from squeeze.sparsify.selection import list_blocks, per_head
+from squeeze.sparsify.tail import dense_tail
+from squeeze.types import BlockIndex, Implementation
 
 
 @register(source="https://arxiv.org/abs/2503.16428", year=2025)
@@ -27,10 +29,13 @@ class Antidiagonal:
 
     Args:
         threshold: Share of the estimated attention to read; 1 reads everything.
-        stride: Tokens per cell, S; the estimate costs 1 / S of the dense scores.
+        stride: Tokens per cell, S; the estimate costs 1 / S of the dense scores. 16 halves it, but
+            at a density of 0.29 raises the embedded model's perplexity by 1.19%, 8 by 0.77%.
         max_density: Most of its causal blocks that a query block may list; at least 16 blocks.
+        max_tokens: Most tokens that a query block may list, at least 16 blocks; 0: no such bound.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        dense_queries: Last tokens of the prompt whose queries read everything.
         heads: The share of each query head in place of ``threshold``; calibration fills it in where
             the recipe has ``attention.mean_density``.
     Cost: T^2 / (2 S) products of head size per head; segments of 256 MiB while estimating.
@@ -45,11 +50,16 @@ class Antidiagonal:
     stride: Literal[4, 8, 16, 32] = 8
     max_density: Annotated[float, Gt(0), Le(1)] = 0.5
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = 1024
+    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
+    dense_queries: Annotated[int, Ge(0)] = 0
+    max_tokens: Annotated[int, Ge(0)] = 0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    asks_implementation: ClassVar[bool] = True
     tuned: ClassVar[str] = "threshold"
-    ladder: ClassVar[tuple[float, ...]] = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99)
+    ladder: ClassVar[tuple[float, ...]] = (
+        0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 1.0,
+    )  # fmt: skip
 
     def index(
         self,
@@ -58,6 +68,7 @@ class Antidiagonal:
         starts: Tensor | None,
         scaling: float,
         softcap: float | None = None,
+        implementation: Implementation = Implementation.REFERENCE,
     ) -> BlockIndex:
         """Estimate cells, sum them to blocks and list the heaviest.
 
@@ -67,19 +78,23 @@ class Antidiagonal:
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Multiplies the dot products.
             softcap: Bounds the mean score of a cell, or ``None``.
+            implementation: Of what has a kernel.
         Returns:
             Blocks per query head, made without waiting for the device.
         """
         size = self.block_size
         span = Span.of(query, keys, starts, size)
-        return list_blocks(
-            antidiagonal_weights(query, keys, span, self.stride, scaling, softcap),
+        index = list_blocks(
+            antidiagonal_weights(query, keys, span, self.stride, scaling, softcap, implementation),
             span.lengths,
             size,
             span.blocks,
             heads=query.shape[1],
             first=span.first,
+            implementation=implementation,
             share=self.max_density,
+            most=-(-self.max_tokens // size),
             mass=per_head(self.threshold, self.heads, query),
-            pair_bytes=PAIR_BYTES + CELL_BYTES * (size // self.stride) ** 2,
+            pair_bytes=antidiagonal_bytes(size, self.stride, implementation),
         )
+        return dense_tail(index, span.lengths, self.dense_queries)

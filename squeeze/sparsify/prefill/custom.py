@@ -13,7 +13,7 @@ from torch import Tensor
 
 from squeeze.errors import RecipeError
 from squeeze.registry import register
-from squeeze.sparsify.index import compact_segments
+from squeeze.sparsify.index import MIN_LENGTH, compact_segments
 from squeeze.sparsify.selection import LEAST_BLOCKS, PAIR_BYTES, budget, segments
 from squeeze.types import BlockIndex
 
@@ -51,7 +51,7 @@ class Custom:
     mask: str = "squeeze.sparsify.prefill.custom:causal"
     max_density: Annotated[float, Gt(0), Le(1)] = 1.0
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = 1024
+    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
     statistics: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

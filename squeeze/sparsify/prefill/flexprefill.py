@@ -10,17 +10,19 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from torch.nn.functional import pad
 
+from squeeze.kernels.prefill_index.api import sampled_mass
 from squeeze.registry import register
 from squeeze.sparsify.estimate import (
     Span,
     aligned,
-    block_diagonals,
+    pooled_bytes,
     pooled_weights,
-    sampled_weights,
     scores,
 )
+from squeeze.sparsify.index import MIN_LENGTH
 from squeeze.sparsify.selection import list_blocks, mass_floor, per_head
-from squeeze.types import BlockIndex
+from squeeze.sparsify.tail import dense_tail
+from squeeze.types import BlockIndex, Implementation
 
 
 @register(source="https://arxiv.org/abs/2502.20766", year=2025)
@@ -41,8 +43,10 @@ class Flexprefill:
         min_budget: Width of the lines, and of the diagonals, that every head reads, in tokens.
         max_density: Most of its causal blocks that a query block may list, required ones first,
             then by pooled weight; at least 16 blocks.
+        max_tokens: Most tokens that a query block may list, at least 16 blocks; 0: no such bound.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        dense_queries: Last tokens of the prompt whose queries read everything.
         heads: The share of each query head in place of ``mass``; calibration fills it in where
             the recipe has ``attention.mean_density``.
     Cost: block_size * T + (T / block_size)^2 products of head size per head.
@@ -58,11 +62,16 @@ class Flexprefill:
     min_budget: Annotated[int, Ge(0)] = 256
     max_density: Annotated[float, Gt(0), Le(1)] = 0.5
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = 1024
+    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
+    dense_queries: Annotated[int, Ge(0)] = 0
+    max_tokens: Annotated[int, Ge(0)] = 0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    asks_implementation: ClassVar[bool] = True
     tuned: ClassVar[str] = "mass"
-    ladder: ClassVar[tuple[float, ...]] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.86, 0.9, 0.94, 0.97, 0.99)
+    ladder: ClassVar[tuple[float, ...]] = (
+        0.4, 0.5, 0.6, 0.7, 0.8, 0.86, 0.9, 0.94, 0.97, 0.99, 1.0,
+    )  # fmt: skip
 
     def index(
         self,
@@ -71,6 +80,7 @@ class Flexprefill:
         starts: Tensor | None,
         scaling: float,
         softcap: float | None = None,
+        implementation: Implementation = Implementation.REFERENCE,
     ) -> BlockIndex:
         """Judge every head, find its blocks or its lines, and list.
 
@@ -80,6 +90,7 @@ class Flexprefill:
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Multiplies the dot products.
             softcap: Bounds the scores, or ``None``.
+            implementation: Of what has a kernel.
         Returns:
             Blocks per query head, made without waiting for the device.
         """
@@ -87,10 +98,11 @@ class Flexprefill:
         span = Span.of(query, keys, starts, size)
         lengths, k = span.lengths, span.key_means(keys)
         rows = range(T - min(T_q, size), T)
-        weights = sampled_weights(query, keys, T - lengths, scaling, softcap, rows)
+        columns, diagonals = sampled_mass(
+            query, keys, starts, scaling, softcap, [rows], size, implementation=implementation
+        )
         sampled = lengths.clamp(max=min(T_q, size))  # queries of each row
-        lines = self._lines(weights, starts) / sampled[:, None, None]
-        diagonals = block_diagonals(weights, rows, size)
+        lines = self._lines(columns, starts) / sampled[:, None, None]
         expected = self._expected(query, k, lengths, scaling, softcap)
         trusted = root_divergence(lines, expected) < self.threshold  # [B, H]
         mass = per_head(self.mass, self.heads, query)
@@ -107,23 +119,25 @@ class Flexprefill:
         floor = mass_floor(
             weigh, lengths, size, N, heads=H, mass=mass, first=span.first, begins=span.begins
         )
-        return list_blocks(
+        index = list_blocks(
             weigh,
             lengths,
             size,
             N,
             heads=H,
             first=span.first,
+            implementation=implementation,
+            pair_bytes=pooled_bytes(implementation),
             share=self.max_density,
+            most=-(-self.max_tokens // size),
             floor=floor.masked_fill(~trusted[..., None, None], torch.inf),
             require=lines_and_diagonals,
         )
+        return dense_tail(index, span.lengths, self.dense_queries)
 
-    def _lines(self, weights: Tensor, starts: Tensor | None) -> Tensor:
-        """Sum the sampled queries' attention to each block of keys, ``[B, H, N]``."""
-        columns = aligned(
-            weights.sum(-2)[..., None], starts, self.block_size
-        )  # [B, H, N * size, 1]
+    def _lines(self, columns: Tensor, starts: Tensor | None) -> Tensor:
+        """Sum attention by key, ``[B, H, T]``, over each block of keys, ``[B, H, N]``."""
+        columns = aligned(columns[..., None], starts, self.block_size)  # [B, H, N * size, 1]
         return columns.unflatten(2, (-1, self.block_size)).sum((3, 4))
 
     def _expected(
@@ -144,7 +158,7 @@ class Flexprefill:
         values, order = weights.sort(dim=-1, descending=True, stable=True)
         before = pad(values.cumsum(-1)[..., :-1], (1, 0))
         needed = before < mass * values.sum(-1, keepdim=True)
-        needed = needed | (torch.as_tensor(mass, device=needed.device) >= 1.0)
+        needed = needed | (mass >= 1.0)
         rank = torch.arange(weights.shape[-1], device=weights.device)
         taken = (needed & ~trusted[..., None]) | (rank * self.block_size < self.min_budget)
         return torch.zeros_like(taken).scatter_(-1, order, taken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from squeeze.registry import register
 from squeeze.sparsify.estimate import Span, aligned, block_means, scores
-from squeeze.sparsify.selection import PAIR_BYTES, list_blocks
-from squeeze.types import BlockIndex
+from squeeze.sparsify.index import MIN_LENGTH
+from squeeze.sparsify.selection import PAIR_BYTES, list_blocks, per_head
+from squeeze.sparsify.tail import dense_tail
+from squeeze.types import BlockIndex, Implementation
 
 
 @register(source="https://arxiv.org/abs/2502.13189", year=2025)
@@ -28,8 +31,12 @@ class Moba:
         top_k: Chunks per query, its own included.
         chunk_size: Tokens that share a gate.
         max_density: Most of its causal blocks that a query block may list; at least 16 blocks.
+        max_tokens: Most tokens that a query block may list, at least 16 blocks; 0: no such bound.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        dense_queries: Last tokens of the prompt whose queries read everything.
+        heads: The chunks per query of each query head in place of ``top_k``; calibration fills it
+            in where the recipe has ``attention.mean_density``.
     Cost: T^2 / (2 chunk_size) products of head size per head; segments of 256 MiB while routing.
     Source: Lu et al. 2025, https://arxiv.org/abs/2502.13189, section 2.2, equations 5 to 8;
         small chunks: FlashMoBA, https://arxiv.org/abs/2511.11571.
@@ -42,8 +49,14 @@ class Moba:
     chunk_size: Literal[128, 256, 512, 1024, 2048, 4096] = 128
     max_density: Annotated[float, Gt(0), Le(1)] = 0.25
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = 1024
+    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
+    dense_queries: Annotated[int, Ge(0)] = 0
+    max_tokens: Annotated[int, Ge(0)] = 0
+    heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    asks_implementation: ClassVar[bool] = True
+    tuned: ClassVar[str] = "top_k"
+    ladder: ClassVar[tuple[float, ...]] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 4096)
 
     def index(
         self,
@@ -52,6 +65,7 @@ class Moba:
         starts: Tensor | None,
         scaling: float,
         softcap: float | None = None,
+        implementation: Implementation = Implementation.REFERENCE,
     ) -> BlockIndex:
         """Gate, count the queries that each chunk got, and list blocks.
 
@@ -61,6 +75,7 @@ class Moba:
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Not read: the order of gates does not depend on it.
             softcap: Likewise.
+            implementation: Of what has a kernel.
         Returns:
             Blocks per query head, made without waiting for the device.
         """
@@ -69,12 +84,13 @@ class Moba:
         lengths, q = span.lengths, span.queries(query)
         k = block_means(aligned(keys, starts, self.chunk_size), lengths, self.chunk_size)
         real = (span.query_counts(1) > 0)[:, None, :, None]  # [B, 1, queries, 1]
+        earlier = per_head(self.top_k, self.heads, query) - 1  # chunks, beside the own
 
         def weigh(rows: range) -> Tensor:
             first, end = rows.start * size, rows.stop * size
             chunks = -(-rows.stop // per_chunk)
             gates = scores(span.part(q, rows), k[:, :, :chunks], 1.0, None)
-            routed = self._route(gates, torch.arange(first, end, device=q.device))
+            routed = self._route(gates, torch.arange(first, end, device=q.device), earlier)
             routed &= span.part(real, rows)
             share = routed.unflatten(2, (-1, size)).sum(3) / size  # [B, H, R, chunks]
             return share.repeat_interleave(per_chunk, -1)[..., : rows.stop]
@@ -83,24 +99,28 @@ class Moba:
             own = torch.arange(rows.start, rows.stop, device=q.device)[:, None] // per_chunk
             return torch.arange(rows.stop, device=q.device) // per_chunk == own
 
-        return list_blocks(
+        index = list_blocks(
             weigh,
             lengths,
             size,
             span.blocks,
             heads=H,
             first=span.first,
+            implementation=implementation,
             share=self.max_density,
+            most=-(-self.max_tokens // size),
             floor=torch.full((1, 1, 1, 1), 0.5 / size, device=q.device),
             require=own_chunk,
             pair_bytes=PAIR_BYTES + 24 * size // per_chunk,
         )
+        return dense_tail(index, span.lengths, self.dense_queries)
 
-    def _route(self, gates: Tensor, tokens: Tensor) -> Tensor:
-        """Mark the chosen chunks before each token's own, bool ``[B, H, tokens, chunks]``."""
+    def _route(self, gates: Tensor, tokens: Tensor, number: float | Tensor) -> Tensor:
+        """Mark the ``number`` best chunks before each token's, bool ``[B, H, tokens, chunks]``."""
         chunks = torch.arange(gates.shape[-1], device=gates.device)
         earlier = chunks < (tokens // self.chunk_size)[:, None]
-        count = min(self.top_k - 1, gates.shape[-1])
-        best = gates.masked_fill(~earlier, -torch.inf).topk(count, sorted=False).indices
+        most = min(math.ceil(max(self.heads, default=self.top_k)) - 1, gates.shape[-1])
+        best = gates.masked_fill(~earlier, -torch.inf).topk(most).indices
+        taken = torch.arange(most, device=gates.device) < number
         routed = torch.zeros_like(gates, dtype=torch.bool)
-        return routed.scatter_(-1, best, True) & earlier
+        return routed.scatter_(-1, best, taken.expand(best.shape)) & earlier

@@ -12,8 +12,10 @@ from torch import Tensor
 from squeeze.registry import register
 from squeeze.sparsify import selection
 from squeeze.sparsify.estimate import Span, aligned, causal_softmax, sampled_weights, scores
+from squeeze.sparsify.index import MIN_LENGTH
 from squeeze.sparsify.selection import list_blocks, per_head
-from squeeze.types import BlockIndex
+from squeeze.sparsify.tail import dense_tail
+from squeeze.types import BlockIndex, Implementation
 
 
 @register(source="https://arxiv.org/abs/2510.21270", year=2025)
@@ -30,8 +32,10 @@ class Permuted:
         mass: Share of the pooled attention to earlier segments to read; 1 reads everything.
         segment_size: Tokens that are sorted together.
         max_density: Most of its causal blocks that a query block may list; at least 16 blocks.
+        max_tokens: Most tokens that a query block may list, at least 16 blocks; 0: no such bound.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        dense_queries: Last tokens of the prompt whose queries read everything.
         heads: The share of each query head in place of ``mass``; calibration fills it in where
             the recipe has ``attention.mean_density``.
     Cost: block_size * T + (T / block_size)^2 / 2 products of head size per head, one pass over the
@@ -48,12 +52,15 @@ class Permuted:
     segment_size: Literal[128, 256, 512, 1024] = 256
     max_density: Annotated[float, Gt(0), Le(1)] = 0.5
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = 1024
+    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
+    dense_queries: Annotated[int, Ge(0)] = 0
+    max_tokens: Annotated[int, Ge(0)] = 0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    asks_implementation: ClassVar[bool] = True
     tuned: ClassVar[str] = "mass"
     ladder: ClassVar[tuple[float, ...]] = (
-        0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98,
+        0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 1.0,
     )  # fmt: skip
 
     def index(
@@ -63,6 +70,7 @@ class Permuted:
         starts: Tensor | None,
         scaling: float,
         softcap: float | None = None,
+        implementation: Implementation = Implementation.REFERENCE,
     ) -> BlockIndex:
         """Sort, pool and list.
 
@@ -72,6 +80,7 @@ class Permuted:
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Multiplies the dot products.
             softcap: Bounds the scores, or ``None``.
+            implementation: Of what has a kernel.
         Returns:
             Blocks and the order of keys per query head, made without waiting for the device.
         """
@@ -97,11 +106,14 @@ class Permuted:
             span.blocks,
             heads=query.shape[1],
             first=span.first,
+            implementation=implementation,
             share=self.max_density,
+            most=-(-self.max_tokens // size),
             mass=per_head(self.mass, self.heads, query),
             require=own_segment,
         )
-        return replace(index, permutation=order.int(), segment_size=segment)
+        index = replace(index, permutation=order.int(), segment_size=segment)
+        return dense_tail(index, span.lengths, self.dense_queries)
 
     def _order(self, weights: Tensor, T: int) -> Tensor:
         """Return the positions of the complete segments, sorted inside each, int64 ``[B, H, P]``.

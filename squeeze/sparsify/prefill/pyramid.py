@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from squeeze.registry import register
-from squeeze.sparsify.estimate import CELL_BYTES, Span, antidiagonal_weights
-from squeeze.sparsify.index import RUN, compact_segments
+from squeeze.sparsify.estimate import Span, antidiagonal_bytes, antidiagonal_weights
+from squeeze.sparsify.index import MIN_LENGTH, RUN, compact_segments
 from squeeze.sparsify.selection import (
     LEAST_BLOCKS,
     PAIR_BYTES,
@@ -22,7 +22,8 @@ from squeeze.sparsify.selection import (
     ranked,
     segments,
 )
-from squeeze.types import BlockIndex
+from squeeze.sparsify.tail import dense_tail
+from squeeze.types import BlockIndex, Implementation
 
 
 @register(source="https://arxiv.org/abs/2512.04025", year=2025)
@@ -44,8 +45,10 @@ class Pyramid:
         max_density: Most of its causal blocks that a query block may read exactly; at least 16.
         max_averaged: Most of its causal blocks that it may read at each other level.
         stride: Tokens per cell of the estimate.
+        max_tokens: Most tokens that it may read exactly, at least 16 blocks; 0: no such bound.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        dense_queries: Last tokens of the prompt whose queries read everything.
         heads: The share of each query head in place of ``full``; calibration fills it in where
             the recipe has ``attention.mean_density``.
     Cost: the estimate of ``antidiagonal``; 4 bytes per 8 averages listed; averages of keys and
@@ -65,11 +68,16 @@ class Pyramid:
     max_averaged: Annotated[float, Ge(0), Le(1)] = 0.25
     stride: Literal[4, 8, 16, 32] = 16
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = 1024
+    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
+    dense_queries: Annotated[int, Ge(0)] = 0
+    max_tokens: Annotated[int, Ge(0)] = 0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    asks_implementation: ClassVar[bool] = True
     tuned: ClassVar[str] = "full"
-    ladder: ClassVar[tuple[float, ...]] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98)
+    ladder: ClassVar[tuple[float, ...]] = (
+        0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 1.0,
+    )  # fmt: skip
 
     def index(
         self,
@@ -78,6 +86,7 @@ class Pyramid:
         starts: Tensor | None,
         scaling: float,
         softcap: float | None = None,
+        implementation: Implementation = Implementation.REFERENCE,
     ) -> BlockIndex:
         """Estimate, order, and list blocks and averages.
 
@@ -87,15 +96,17 @@ class Pyramid:
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Multiplies the dot products.
             softcap: Bounds the mean score of a cell, or ``None``.
+            implementation: Of what has a kernel.
         Returns:
             Blocks and averages per query head, made without waiting for the device.
         """
         (B, H), T, size, device = query.shape[:2], keys.shape[2], self.block_size, query.device
         span, kept = Span.of(query, keys, starts, size), []
         N, lengths, first = span.blocks, span.lengths, span.first
-        weigh = antidiagonal_weights(query, keys, span, self.stride, scaling, softcap)
+        call = (query, keys, span, self.stride, scaling, softcap, implementation)
+        weigh = antidiagonal_weights(*call)
         full = per_head(self.full, self.heads, query)
-        pair_bytes = PAIR_BYTES + CELL_BYTES * (size // self.stride) ** 2
+        pair_bytes = max(PAIR_BYTES, antidiagonal_bytes(size, self.stride, implementation))
         for rows in segments(N, B * H * N * pair_bytes, first):
             weights = weigh(rows)
             order, _ = ranked(weights, rows)
@@ -110,11 +121,13 @@ class Pyramid:
         each = sum((size >> h) // RUN for h in (1, 2, 3))
         runs = self._runs(kept, [averaged for _, averaged in most], T)
         pooled = compact_segments(runs, each * averaged_total, first)
-        return BlockIndex(size, offsets, ids, pooled_offsets=pooled[0], pooled_ids=pooled[1])
+        index = BlockIndex(size, offsets, ids, pooled_offsets=pooled[0], pooled_ids=pooled[1])
+        return dense_tail(index, lengths, self.dense_queries)
 
     def _most(self, row: int) -> tuple[int, int]:
         """Return how many blocks query block ``row`` may read exactly, and at each other level."""
-        return budget(row, self.max_density), budget(row, self.max_averaged, least=0)
+        exact = budget(row, self.max_density, most=-(-self.max_tokens // self.block_size))
+        return exact, budget(row, self.max_averaged, least=0)
 
     def _ends(self, weights: Tensor, rows: range, full: float | Tensor) -> Tensor:
         """Return the ranks at which each level ends, ``[B, H, R, 4]``, for weights by rank."""
@@ -128,7 +141,7 @@ class Pyramid:
                 wanted = (before < mass * weights.sum(-1, keepdim=True)).sum(-1)
             share = self.max_averaged if level else self.max_density
             most = (own.double() * share).ceil().long()
-            most = most if level else most.clamp(min=LEAST_BLOCKS)
+            most = most if level else most.clamp(min=LEAST_BLOCKS, max=self._most(rows.stop - 1)[0])
             wanted = wanted.clamp(min=0 if level else 2)
             end = torch.minimum(torch.maximum(wanted, end), end + most).minimum(own)
             ends.append(end)

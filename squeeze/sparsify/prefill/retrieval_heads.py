@@ -11,8 +11,10 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from squeeze.registry import register
-from squeeze.sparsify.index import compact_segments
+from squeeze.sparsify.estimate import row_lengths
+from squeeze.sparsify.index import MIN_LENGTH, compact_segments
 from squeeze.sparsify.selection import PAIR_BYTES, per_head, segments
+from squeeze.sparsify.tail import dense_tail
 from squeeze.types import BlockIndex
 
 
@@ -31,6 +33,7 @@ class RetrievalHeads:
         window_size: Recent tokens that they read, the query itself included.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        dense_queries: Last tokens of the prompt whose queries read everything.
         heads: 1 or 0 of each query head in place of ``retrieval``; calibration fills it in where
             the recipe has ``attention.mean_density``.
     Cost: nothing is estimated; the lists of retrieval heads take 2 * (T / block_size)^2 bytes each,
@@ -47,7 +50,8 @@ class RetrievalHeads:
     sink_tokens: Annotated[int, Ge(0)] = 128
     window_size: Annotated[int, Ge(1)] = 1024
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = 1024
+    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
+    dense_queries: Annotated[int, Ge(0)] = 0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
     tuned: ClassVar[str] = "retrieval"
@@ -66,12 +70,12 @@ class RetrievalHeads:
         Args:
             query: ``[B, H, T_q, D]``; only its shape is read.
             keys: ``[B, H_kv, T, D]``; likewise.
-            starts: Not read: the lists are the same for every row and blocks past a row's end are
-                unused.
+            starts: int64 ``[B]``, left-padding tokens, or ``None``; only ``dense_queries`` read it:
+                otherwise the lists are the same for every row, and blocks past its end are unused.
             scaling: Not read.
             softcap: Not read.
         Returns:
-            An index of blocks alone; rows share memory.
+            An index of blocks alone; rows share memory where no tail is dense.
         """
         (B, H), T, size, device = query.shape[:2], keys.shape[2], self.block_size, query.device
         N, sinks = -(-T // size), max(1, -(-self.sink_tokens // size))
@@ -87,7 +91,8 @@ class RetrievalHeads:
                 yield j, keep.expand(1, H, -1, -1)
 
         offsets, ids = compact_segments(parts(), self._capacity(N, sinks))
-        return BlockIndex(size, offsets.expand(B, H, -1), ids.expand(B, H, -1))
+        index = BlockIndex(size, offsets.expand(B, H, -1), ids.expand(B, H, -1))
+        return dense_tail(index, row_lengths(keys, starts), self.dense_queries)
 
     def _capacity(self, N: int, sinks: int) -> int:
         """Return the most blocks that one head can list."""

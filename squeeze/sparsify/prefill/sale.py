@@ -12,10 +12,12 @@ from torch import Tensor
 from squeeze.registry import register
 from squeeze.sparsify import selection
 from squeeze.sparsify.estimate import Span, aligned, block_counts, later, scores
+from squeeze.sparsify.index import MIN_LENGTH
 from squeeze.sparsify.selection import PAIR_BYTES, list_blocks, per_head
-from squeeze.types import BlockIndex
+from squeeze.sparsify.tail import dense_tail
+from squeeze.types import BlockIndex, Implementation
 
-ELEMENT_BYTES = 16  # of one estimated score and what it is made from
+ELEMENT_BYTES = 8  # of one estimated score and what it is made from
 
 
 @register(source="https://arxiv.org/abs/2505.24179", year=2025)
@@ -33,8 +35,10 @@ class Sale:
         bits: Of the rounded queries and keys.
         max_density: Most of its causal blocks that a query block may list, those of the largest
             element first; at least 16 blocks.
+        max_tokens: Most tokens that a query block may list, at least 16 blocks; 0: no such bound.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        dense_queries: Last tokens of the prompt whose queries read everything.
         heads: The threshold of each query head in place of ``threshold``; calibration fills it in
             where the recipe has ``attention.mean_density``.
     Cost: T^2 / 2 low-bit products of head size per head; segments of 256 MiB.
@@ -49,12 +53,15 @@ class Sale:
     bits: Annotated[int, Ge(2), Le(8)] = 4
     max_density: Annotated[float, Gt(0), Le(1)] = 0.5
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = 1024
+    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
+    dense_queries: Annotated[int, Ge(0)] = 0
+    max_tokens: Annotated[int, Ge(0)] = 0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    asks_implementation: ClassVar[bool] = True
     tuned: ClassVar[str] = "threshold"
     ladder: ClassVar[tuple[float, ...]] = (
-        0.6, 0.3, 0.15, 0.08, 0.04, 0.02, 0.01, 0.005, 0.002, 0.0005,
+        0.6, 0.3, 0.15, 0.08, 0.04, 0.02, 0.01, 0.005, 0.002, 0.0005, 0.0,
     )  # fmt: skip
 
     def index(
@@ -64,6 +71,7 @@ class Sale:
         starts: Tensor | None,
         scaling: float,
         softcap: float | None = None,
+        implementation: Implementation = Implementation.REFERENCE,
     ) -> BlockIndex:
         """Round, estimate and list.
 
@@ -73,6 +81,7 @@ class Sale:
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Multiplies the dot products.
             softcap: Bounds the scores, or ``None``.
+            implementation: Of what has a kernel.
         Returns:
             Blocks per query head, made without waiting for the device.
         """
@@ -86,18 +95,22 @@ class Sale:
 
         threshold = per_head(self.threshold, self.heads, query)
         floor = torch.as_tensor(threshold, dtype=torch.float32, device=query.device)
-        return list_blocks(
+        index = list_blocks(
             estimate.weigh,
             span.lengths,
             size,
             span.blocks,
             heads=H,
             first=span.first,
+            implementation=implementation,
             share=self.max_density,
+            most=-(-self.max_tokens // size),
             floor=floor / (1 + floor),
             require=nearest,
-            pair_bytes=PAIR_BYTES,
+            # Some query blocks at a time, as blocks of keys after them are estimated in vain.
+            pair_bytes=PAIR_BYTES + 4 * size * ELEMENT_BYTES,
         )
+        return dense_tail(index, span.lengths, self.dense_queries)
 
 
 class _Estimate:
@@ -124,7 +137,17 @@ class _Estimate:
         self.real = (span.query_counts(1) > 0)[:, None, :, None]  # [B, 1, queries, 1]
         count = span.query_counts(1).sum(-1).clamp(min=1)[:, None, None, None]
         self.mean = self.q.sum(2, keepdim=True, dtype=torch.float32) / count
-        self.k, self.bits, self.small = k, bits, rounded(k, bits)
+        # What the queries' mean adds to each key's score stands behind the key, one per head of
+        # its group, so that one product gives the whole score.
+        H, H_kv = self.mean.shape[1], k.shape[1]
+        added = (self.mean.view(*self.mean.shape[:1], H_kv, H // H_kv, -1) @ k.mT).mT
+        self.k, self.bits, self.small = k, bits, torch.cat((rounded(k, bits), added), -1)
+
+    def _with_mean(self, low: Tensor) -> Tensor:
+        """Put behind each query a one for its head's place in ``small``."""
+        G = self.small.shape[-1] - low.shape[-1]
+        ones = torch.eye(G, device=low.device).repeat(low.shape[1] // G, 1)  # [H, G]
+        return torch.cat((low, ones[:, None].expand(*low.shape[:3], G)), -1)
 
     def weigh(self, rows: range) -> Tensor:
         """Return r / (1 + r) of each block's largest relative score, ``[B, H, R, rows.stop]``."""
@@ -133,20 +156,17 @@ class _Estimate:
         total = self._nearby(q, rows)
         hidden = ~span.part(self.real, rows)
         total = total.masked_fill(hidden, torch.inf)
-        low = rounded(q - self.mean, self.bits)
+        low = self._with_mean(rounded(q - self.mean, self.bits))
         step = max(1, selection.SCRATCH_BYTES // (q.shape[:3].numel() * size * ELEMENT_BYTES))
         parts = []
         for first in range(0, rows.stop, step):
             end = min(first + step, rows.stop)
             keys = slice(first * size, end * size)
             found = scores(low, self.small[:, :, keys], self.scaling, None)
-            found += scores(self.mean, self.k[:, :, keys], self.scaling, None)
+            found = found.unflatten(-1, (-1, size)).amax(-1)  # [B, H, R * size, C]
             if self.softcap is not None:
                 found = self.softcap * torch.tanh(found / self.softcap)
-            found -= total
-            # [B, H, R * size, C * size] to [B, H, R, C]
-            found = found.unflatten(-1, (-1, size)).amax(-1).unflatten(2, (-1, size)).amax(3)
-            parts.append(found)
+            parts.append((found - total).unflatten(2, (-1, size)).amax(3))  # [B, H, R, C]
         return torch.cat(parts, -1).sigmoid()
 
     def _nearby(self, q: Tensor, rows: range) -> Tensor:

@@ -14,10 +14,16 @@ from squeeze.sparsify.estimate import (
     Span,
     aligned,
     block_counts,
+    pooled_bytes,
     pooled_weights,
 )
-from squeeze.sparsify.selection import list_blocks, per_head
-from squeeze.types import BlockIndex
+from squeeze.sparsify.index import MIN_LENGTH
+from squeeze.sparsify.selection import list_blocks, per_head, segments
+from squeeze.sparsify.tail import dense_tail
+from squeeze.types import BlockIndex, Implementation
+
+# Float32 values that ``self_similarity`` holds of each one it reads.
+VALUE_BYTES = 12
 
 
 @register(source="https://arxiv.org/abs/2502.18137", year=2025)
@@ -36,8 +42,10 @@ class Sparge:
         similarity: Least self-similarity, theta; -1 trusts every mean.
         max_density: Most of its causal blocks that a query block may list; at least 16 blocks.
             What varies inside comes first.
+        max_tokens: Most tokens that a query block may list, at least 16 blocks; 0: no such bound.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        dense_queries: Last tokens of the prompt whose queries read everything.
         heads: The share of each query head in place of ``mass``; calibration fills it in where
             the recipe has ``attention.mean_density``.
     Cost: one pass over queries and keys and a product of (T / block_size)^2 / 2 per head.
@@ -53,11 +61,16 @@ class Sparge:
     similarity: Annotated[float, Ge(-1), Le(1)] = 0.0
     max_density: Annotated[float, Gt(0), Le(1)] = 0.5
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = 1024
+    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
+    dense_queries: Annotated[int, Ge(0)] = 0
+    max_tokens: Annotated[int, Ge(0)] = 0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    asks_implementation: ClassVar[bool] = True
     tuned: ClassVar[str] = "mass"
-    ladder: ClassVar[tuple[float, ...]] = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99)
+    ladder: ClassVar[tuple[float, ...]] = (
+        0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 1.0,
+    )  # fmt: skip
 
     def index(
         self,
@@ -66,6 +79,7 @@ class Sparge:
         starts: Tensor | None,
         scaling: float,
         softcap: float | None = None,
+        implementation: Implementation = Implementation.REFERENCE,
     ) -> BlockIndex:
         """Pool, judge the pooling, weigh and list.
 
@@ -75,6 +89,7 @@ class Sparge:
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Multiplies the dot products.
             softcap: Bounds the scores of means, or ``None``.
+            implementation: Of what has a kernel.
         Returns:
             Blocks per query head, made without waiting for the device.
         """
@@ -91,17 +106,21 @@ class Sparge:
         def varied(rows: range) -> Tensor:
             return span.part(varied_q[..., None], rows) | varied_k[..., : rows.stop]
 
-        return list_blocks(
+        index = list_blocks(
             pooled_weights(query, keys, span, scaling, softcap, varied_k),
             lengths,
             size,
             span.blocks,
             heads=query.shape[1],
             first=span.first,
+            implementation=implementation,
+            pair_bytes=pooled_bytes(implementation),
             share=self.max_density,
+            most=-(-self.max_tokens // size),
             mass=per_head(self.mass, self.heads, query),
             require=varied,
         )
+        return dense_tail(index, span.lengths, self.dense_queries)
 
 
 def self_similarity(x: Tensor, counts: Tensor, size: int, center: Tensor | None) -> Tensor:
@@ -111,8 +130,16 @@ def self_similarity(x: Tensor, counts: Tensor, size: int, center: Tensor | None)
     ``aligned`` returns, ``counts`` int64 ``[B, N * size]`` is 1 for its real tokens; ``center
     [B, H, 1, D]`` is subtracted first. Blocks of padding give 0.
     """
-    x = x.float() if center is None else x.float() - center
-    units = x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    total = (units * counts[:, None, :, None]).unflatten(2, (-1, size)).sum(3)
-    real = counts.unflatten(-1, (-1, size)).sum(-1).clamp(min=1)  # [B, N]
-    return (total / real[:, None, :, None]).square().sum(-1)
+    B, H, D = *x.shape[:2], x.shape[3]
+    tiny, found = torch.finfo(torch.float32).tiny, []
+    # In parts: float32 copies of all queries would take more memory than the index.
+    for blocks in segments(x.shape[2] // size, VALUE_BYTES * B * H * size * D):
+        tokens = slice(blocks.start * size, blocks.stop * size)
+        part, real = x[:, :, tokens], counts[:, None, tokens, None]  # [B, 1, R * size, 1]
+        part = part if center is None else part - center
+        lengths = torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32)
+        units = part * (real / lengths.clamp(min=tiny))
+        total = units.unflatten(2, (-1, size)).sum(3)
+        number = real.unflatten(2, (-1, size)).sum(3).clamp(min=1)  # [B, 1, R, 1]
+        found.append((total / number).square().sum(-1))
+    return torch.cat(found, -1)

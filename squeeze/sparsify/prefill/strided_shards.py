@@ -11,7 +11,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from squeeze.registry import register
-from squeeze.sparsify.index import compact_segments
+from squeeze.sparsify.index import MIN_LENGTH, compact_segments
 from squeeze.sparsify.selection import PAIR_BYTES, segments
 from squeeze.types import BlockIndex
 
@@ -42,7 +42,7 @@ class StridedShards:
     stride: Annotated[int, Ge(1)] = 8
     dense_heads: Annotated[int, Ge(0)] = 0
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = 1024
+    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
     statistics: ClassVar[tuple[str, ...]] = ()
 
     def index(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from torch.nn.functional import pad
 
+from squeeze.kernels.prefill_index.api import list_lines, sampled_mass
 from squeeze.registry import register
-from squeeze.sparsify.estimate import Span, block_diagonals, sampled_weights
-from squeeze.sparsify.index import compact
+from squeeze.sparsify.estimate import Span
+from squeeze.sparsify.index import MIN_LENGTH
 from squeeze.sparsify.selection import per_head
-from squeeze.types import BlockIndex
+from squeeze.sparsify.tail import dense_tail
+from squeeze.types import BlockIndex, Implementation
 
 
 @register(source="https://arxiv.org/abs/2407.02490", year=2024)
@@ -39,6 +40,9 @@ class VerticalSlash:
         stride: Distance between the queries of a pass, in tokens.
         block_size: Tokens per block of the index.
         min_length: Shorter prompts are attended densely.
+        dense_queries: Last tokens of the prompt whose queries read everything.
+        budget_length: Tokens that both budgets are meant for: a prompt of T more has sqrt(T /
+            budget_length) times as much of either; 0: they are the same at every length.
         scale: Multiplies both budgets.
         heads: The factor of each query head in place of ``scale``; calibration fills it in where
             the recipe has ``attention.mean_density``.
@@ -60,10 +64,13 @@ class VerticalSlash:
     passes: Annotated[int, Ge(0)] = 4
     stride: Annotated[int, Ge(1)] = 16
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = 1024
+    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
+    dense_queries: Annotated[int, Ge(0)] = 0
+    budget_length: Annotated[int, Ge(0)] = 0
     scale: Annotated[float, Ge(0)] = 1.0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    asks_implementation: ClassVar[bool] = True
     tuned: ClassVar[str] = "scale"
     ladder: ClassVar[tuple[float, ...]] = (0.04, 0.1, 0.2, 0.3, 0.45, 0.65, 0.9, 1.25, 1.7, 2.4)
 
@@ -74,6 +81,7 @@ class VerticalSlash:
         starts: Tensor | None,
         scaling: float,
         softcap: float | None = None,
+        implementation: Implementation = Implementation.REFERENCE,
     ) -> BlockIndex:
         """Estimate, select, and list what every block of queries reads.
 
@@ -83,21 +91,45 @@ class VerticalSlash:
             starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
             scaling: Multiplies the dot products.
             softcap: Bound of the scores, ``softcap * tanh(score / softcap)``, or ``None``.
+            implementation: Of what has a kernel.
         Returns:
             Blocks and columns per query head, on the query's device, made without waiting for it.
         """
         T = keys.shape[2]
+        if 0 < self.budget_length < T:
+            return self._grown(T).index(query, keys, starts, scaling, softcap, implementation)
         span = Span.of(query, keys, starts, self.block_size)
         lengths = span.lengths[:, None, None]  # [B, 1, 1]
         scale = per_head(self.scale, self.heads, query)
-        columns = diagonals = torch.zeros((), device=query.device)
-        for rows in self._samples(T, query.shape[2]):
-            weights = sampled_weights(query, keys, T - span.lengths, scaling, softcap, rows)
-            columns = columns + weights.sum(-2)  # [B, H, T]
-            diagonals = diagonals + block_diagonals(weights, rows, self.block_size)
+        columns, diagonals = sampled_mass(
+            query,
+            keys,
+            starts,
+            scaling,
+            softcap,
+            self._samples(T, query.shape[2]),
+            self.block_size,
+            implementation=implementation,
+        )
         chosen = self._choose_columns(columns, T - span.lengths, lengths, scale)
         distances = self._choose_distances(diagonals, lengths, scale)
-        return self._list(chosen, distances, span)
+        lists = list_lines(
+            chosen,
+            distances,
+            span.lengths,
+            self.block_size,
+            span.blocks,
+            span.first,
+            implementation=implementation,
+        )
+        index = BlockIndex(self.block_size, *lists)
+        return dense_tail(index, span.lengths, self.dense_queries)
+
+    def _grown(self, T: int) -> VerticalSlash:
+        """Return the policy with the budgets of a prompt of T tokens."""
+        growth = math.sqrt(T / self.budget_length)
+        verticals, slashes = (round(growth * budget) for budget in (self.verticals, self.slashes))
+        return replace(self, verticals=verticals, slashes=slashes, budget_length=0)
 
     def _samples(self, T: int, T_q: int) -> list[range]:
         """Return the tokens whose queries are read, one progression per pass over the keys."""
@@ -136,25 +168,6 @@ class VerticalSlash:
         rank = torch.arange(best.shape[-1], device=mass.device)
         over = (rank >= _number(blocks * scale)) & (rank >= nearest)
         return best.masked_fill((mass < 0) | over, N).sort(descending=True).values
-
-    def _list(self, columns: Tensor, distances: Tensor, span: Span) -> BlockIndex:
-        """Lay the choices out per query block: its blocks, then the columns outside them."""
-        size, N = self.block_size, span.blocks
-        i = torch.arange(N, device=columns.device)[:, None]
-        real = (i * size < span.lengths[:, None, None]) & (i >= span.first)
-        real = real[:, None]  # [B, 1, N, 1]
-        blocks = pad((i - distances[:, :, None]).clamp(min=0), (1, 0))  # [B, H, N, 1 + S]
-        keep = pad(blocks[..., 1:] > 0, (1, 0), value=True) & real
-        capacity = sum(min(row, distances.shape[-1]) + 1 for row in range(N))
-        offsets, ids = compact(blocks, keep, capacity)
-        if columns.shape[-1] == 0:
-            return BlockIndex(size, offsets, ids)
-        covered = torch.zeros(*distances.shape[:2], N + 1, dtype=torch.bool, device=ids.device)
-        covered.scatter_(-1, distances, True)
-        away = (i - columns[:, :, None] // size).clamp(min=0)  # [B, H, N, V]; 0 is always covered
-        keep = ~covered.gather(-1, away.flatten(-2)).view(away.shape) & real
-        capacity = sum(min(columns.shape[-1], max(0, row - 1) * size) for row in range(N))
-        return BlockIndex(size, offsets, ids, *compact(columns[:, :, None], keep, capacity))
 
 
 def _number(budget: float | Tensor) -> int | Tensor:

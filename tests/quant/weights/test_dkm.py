@@ -109,6 +109,16 @@ def test_statistics_are_those_of_the_start():
     assert Dkm(start="lnq").statistics == ("guided_hessian",)
 
 
+def test_a_straight_derivative_is_one():
+    weight = matrix(8, 128)
+    student, _ = student_of(weight, bits=2, derivative="straight")
+    student.soften(weight)
+    (found,) = torch.autograd.grad(student.weight().sum(), student.latent)
+    torch.testing.assert_close(found, student.unit[:, None].expand(8, 128))
+    with pytest.raises(RecipeError, match="derivative 'straight'"):
+        Dkm(derivative="straight", iterations=1).check(64, 256)
+
+
 @pytest.mark.parametrize(("start", "kind", "words"), [
     ("integer", RecipeError, "got 'integer'.*makes palettes"),
     ("kmean", RecipeError, "unknown method 'kmean'"),

@@ -73,6 +73,18 @@ def test_the_index_grows_with_the_selection():
     assert sizes == [1 + 36 + 56 * 8, 1 + 36 + 120 * 8]
 
 
+@pytest.mark.parametrize("share", BlockTopk.ladder)
+def test_shares_of_heads_fit_the_memory_taken_for_them(share):
+    # In float32 0.18 * 50 is above 9, and a tenth block has no place.
+    T = 8192
+    query, keys = inputs(1, 2, 1, T, D=2)
+    index = BlockTopk(budget=256, heads=(share, share)).index(query, keys, None, SCALING)
+    alone = BlockTopk(budget=256, share=share).index(query, keys, None, SCALING)
+    assert lists(index, 0, 1) == lists(alone, 0, 1)
+    assert torch.equal(index.block_offsets, alone.block_offsets)
+    assert index.block_offsets[0, 0, -1] < index.block_ids.shape[-1]
+
+
 def test_a_full_budget_is_dense():
     check_dense(BlockTopk(budget=100_000))
     check_dense(BlockTopk(budget=0, share=1.0))

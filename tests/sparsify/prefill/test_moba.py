@@ -80,6 +80,15 @@ def test_a_full_budget_is_dense():
     check_dense(Moba(top_k=100, max_density=1.0))
 
 
+def test_each_head_has_its_number_of_chunks():
+    query, keys = inputs(1, 4, 2, 1200)
+    policy = {"max_density": 1.0}
+    index = Moba(heads=(1, 3, 2, 5), **policy).index(query, keys, None, SCALING)
+    for h, top_k in enumerate((1, 3, 2, 5)):
+        alone = Moba(top_k=top_k, **policy).index(query, keys, None, SCALING)
+        assert lists(index, 0, h) == lists(alone, 0, h)
+
+
 def test_later_blocks_do_not_change_earlier_lists():
     check_earlier_blocks_stay(Moba(top_k=2))
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from squeeze.registry import get
+from squeeze.sparsify import selection
 from squeeze.sparsify.prefill.sparge import Sparge, self_similarity
 from tests.sparsify.policies import SCALING, check_against, check_dense, choose, inputs, lists
 
@@ -99,3 +100,15 @@ def test_few_keys_at_the_end_weigh_as_few():
     keys[:, :, 448:512], keys[:, :, 576:] = 1.0, 1.1
     rows = lists(Sparge(0.8, -1.0).index(query, keys, None, 1.0), 0, 0)
     assert rows[9] == [0, 7, 9]
+
+
+def test_similarity_is_the_same_in_parts(monkeypatch):
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(2, 3, 5 * 64, 16, generator=generator)
+    center = torch.randn(2, 3, 1, 16, generator=generator)
+    counts = (torch.arange(5 * 64) < torch.tensor([[320], [201]])).long()
+    whole = [self_similarity(x, counts, 64, c) for c in (None, center)]
+    monkeypatch.setattr(selection, "SCRATCH_BYTES", 1)
+    parts = [self_similarity(x, counts, 64, c) for c in (None, center)]
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert (whole[0][1, :, 4] == 0).all() and (whole[0][0] > 0).all()

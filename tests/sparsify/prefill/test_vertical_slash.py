@@ -5,12 +5,9 @@ import pytest
 import torch
 
 from squeeze.registry import get
+from squeeze.sparsify.estimate import block_diagonals, sampled_weights
 from squeeze.sparsify.index import density, to_dense_mask
-from squeeze.sparsify.prefill.vertical_slash import (
-    VerticalSlash,
-    block_diagonals,
-    sampled_weights,
-)
+from squeeze.sparsify.prefill.vertical_slash import VerticalSlash
 
 
 def inputs(B, H, H_kv, T, D=16, seed=0):
@@ -175,6 +172,19 @@ def test_more_budget_reads_more():
     for smaller, larger in pairwise(masks):
         assert not (smaller & ~larger).any()
         assert larger.sum() > smaller.sum()
+
+
+def test_budgets_grow_with_the_root_of_the_length():
+    query, keys = inputs(1, 2, 2, 1600)
+    policy = {"window_size": 1, "budget_length": 400}
+    short = VerticalSlash(100, 128, **policy).index(query[:, :, :400], keys[:, :, :400], None, 0.25)
+    same = VerticalSlash(100, 128, 1).index(query[:, :, :400], keys[:, :, :400], None, 0.25)
+    assert torch.equal(short.column_ids, same.column_ids)
+    assert torch.equal(short.block_ids, same.block_ids)
+    long = VerticalSlash(100, 128, **policy).index(query, keys, None, 0.25)
+    twice = VerticalSlash(200, 256, 1).index(query, keys, None, 0.25)
+    assert torch.equal(long.column_ids, twice.column_ids)
+    assert torch.equal(long.block_ids, twice.block_ids)
 
 
 def test_nothing_waits_for_the_device():

@@ -1,0 +1,573 @@
+"""Block-sparse causal flash attention for Hopper: one warp group loads, one or two multiply.
+
+A producer walks the list of key blocks, the diagonal first, and keeps a ring of tiles of keys and
+values filled: whole blocks by the tensor memory accelerator, single columns by asynchronous copies
+of gathered rows. Each consumer owns 64 rows of the block of queries. The product of the next tile's
+keys and the product of this tile's values are in flight together, and the softmax of a tile runs
+while the tensor cores multiply values, its own or those of the other consumer.
+
+With ``KIND`` 1 or 2 whole blocks are eight-bit (``sage``); columns stay in the dtype of the query.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+EXACT = gl.constexpr(0)
+FLOAT8 = gl.constexpr(1)
+INT8 = gl.constexpr(2)
+ROWS = gl.constexpr(64)
+# An integer below 2**22 added to these bits is the float32 number MAGIC + that integer.
+MAGIC_BITS = gl.constexpr(0x4B400000)
+MAGIC = gl.constexpr(12582912.0)
+# Eight-bit weights are 2**LIFT times as large, which keeps small ones normal in E4M3.
+LIFT = gl.constexpr(8.0)
+# Four neighbours in a register; the compiler's own conversion goes through single bytes.
+TO_E4M3 = gl.constexpr(
+    """{
+    .reg .b16 low, high;
+    cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+    cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+    mov.b32 $0, {low, high};
+    }"""
+)
+# Sums of weights are never negative. The assembler moves a wait for the tensor cores up, past the
+# arithmetic that should hide it, but not past a barrier whose name needs the sums.
+PIN = """{
+    .reg .pred negative;
+    .reg .b32 name;
+    .reg .f32 both;
+    add.f32 both, $2, $3;
+    setp.lt.f32 negative, both, 0f00000000;
+    selp.b32 name, 15, NAME, negative;
+    bar.sync name, 128;
+    mov.f32 $0, $2;
+    mov.f32 $1, $3;
+    }"""
+PINS = (gl.constexpr(PIN.replace("NAME", "13")), gl.constexpr(PIN.replace("NAME", "14")))
+PIN_0, PIN_1 = PINS
+PARTS = (gl.constexpr(0), gl.constexpr(1))
+PART_0, PART_1 = PARTS
+LOG2_E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def _next(slot, phase, STAGES: gl.constexpr):
+    """Step to the ring's next place and, past its end, to the other phase."""
+    slot += 1
+    wrapped = slot == STAGES
+    return gl.where(wrapped, 0, slot), phase ^ gl.where(wrapped, 1, 0)
+
+
+@gluon.jit
+def _produce(
+    k_desc, v_desc, keys, values, ids, column_ids, k_ring, v_ring, k_full, v_full, k_free, v_free,
+    first, count, column_count, b, h, start, length, k_t, v_t,
+    LISTED: gl.constexpr, COLUMNS: gl.constexpr, KIND: gl.constexpr, TILE: gl.constexpr,
+    BLOCK_D: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fill the rings: listed blocks from the last to the first, then tiles of columns.
+
+    ``b`` and ``h`` are coordinates of 16-bit tensors; of eight-bit ones, ``b`` is the first row of
+    keys and ``h`` the first row of channels.
+    """
+    slot = first * 0
+    phase = first * 0
+    bytes: gl.constexpr = TILE * BLOCK_D * (2 if KIND == EXACT else 1)
+    for i in range(0, count):
+        place = first - i
+        if LISTED:
+            place = gl.load(ids + place)
+        key = place * TILE
+        k_tile = k_ring.index(slot)._reinterpret(k_desc.dtype, k_desc.block_shape, k_desc.layout)
+        v_tile = v_ring.index(slot)._reinterpret(v_desc.dtype, v_desc.block_shape, v_desc.layout)
+        mbarrier.wait(k_free.index(slot), phase ^ 1)
+        mbarrier.expect(k_full.index(slot), bytes)
+        if KIND == EXACT:
+            at = [b, h, start + key, 0]
+            tma.async_copy_global_to_shared(k_desc, at, k_full.index(slot), k_tile)
+        else:
+            tma.async_copy_global_to_shared(k_desc, [b + key, 0], k_full.index(slot), k_tile)
+        mbarrier.wait(v_free.index(slot), phase ^ 1)
+        mbarrier.expect(v_full.index(slot), bytes)
+        if KIND == EXACT:
+            at = [b, h, start + key, 0]
+            tma.async_copy_global_to_shared(v_desc, at, v_full.index(slot), v_tile)
+        else:
+            tma.async_copy_global_to_shared(v_desc, [h, key], v_full.index(slot), v_tile)
+        slot, phase = _next(slot, phase, STAGES)
+    if COLUMNS:
+        for t in range(0, column_count, TILE):
+            mbarrier.wait(k_free.index(slot), phase ^ 1)
+            _gather(
+                keys, column_ids, k_ring.index(slot), t, column_count, length, k_t, TILE, BLOCK_D, D
+            )
+            async_copy.mbarrier_arrive(k_full.index(slot), increment_count=True)
+            gl.thread_barrier()
+            mbarrier.arrive(k_full.index(slot), count=1)
+            mbarrier.wait(v_free.index(slot), phase ^ 1)
+            _gather(
+                values, column_ids, v_ring.index(slot), t, column_count, length, v_t, TILE, BLOCK_D,
+                D,
+            )  # fmt: skip
+            async_copy.mbarrier_arrive(v_full.index(slot), increment_count=True)
+            gl.thread_barrier()
+            mbarrier.arrive(v_full.index(slot), count=1)
+            slot, phase = _next(slot, phase, STAGES)
+
+
+@gluon.jit
+def _gather(
+    source, column_ids, tile, first, count, length, stride,
+    TILE: gl.constexpr, BLOCK_D: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """Copy listed rows into a tile, 16 bytes a thread, a few rows at a time to save registers."""
+    CHUNK: gl.constexpr = 32
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    slots = first + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
+    channels = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))
+    for i in gl.static_range(TILE // CHUNK):
+        listed = slots + i * CHUNK < count
+        position = gl.load(column_ids + slots + i * CHUNK, mask=listed, other=0)
+        listed = listed & (position < length)
+        pointers = source + position.to(gl.int64)[:, None] * stride + channels[None, :]
+        async_copy.async_copy_global_to_shared(
+            tile.slice(i * CHUNK, CHUNK), pointers, mask=listed[:, None] & (channels < D)[None, :]
+        )
+
+
+@gluon.jit
+def _key_scale(key_scales, ids, place, LISTED: gl.constexpr):
+    """Read the scale of one listed block, a tile before it is needed."""
+    if LISTED:
+        place = gl.load(ids + place)
+    return gl.load(key_scales + place)
+
+
+@gluon.jit
+def _softmax(
+    raw, top, factor, shift, visible, MASKED: gl.constexpr, KIND: gl.constexpr,
+    SHIFTED: gl.constexpr, LIFTED: gl.constexpr,
+):  # fmt: skip
+    """Turn products into weights ``2 ** (factor * raw - shift - top')``, times ``2 ** LIFT``.
+
+    Integers are read as MAGIC + themselves, the offset leaving with the maximum in one subtraction;
+    the maximum that is kept is the one that was subtracted, rounding included.
+
+    Returns:
+        Weights, the new maximum, and what earlier sums are multiplied by.
+    """
+    x = raw.to(gl.float32, bitcast=True) if KIND == INT8 else raw
+    if MASKED:
+        x = gl.where(visible, x, -float("inf"))
+    peak = gl.max(x, 1)
+    if KIND == INT8:
+        cut = gl.fma(factor, MAGIC, gl.maximum(top, (peak - MAGIC) * factor))
+        raised = gl.fma(factor, -MAGIC, cut)
+        shrink = gl.exp2(top - raised)
+    else:
+        peak = peak * factor
+        if SHIFTED:
+            peak = peak - shift
+        raised = gl.maximum(top, peak)
+        # A row that has seen no key yet keeps -inf; 0 stands in for it.
+        base = gl.where(raised == -float("inf"), 0.0, raised) if MASKED else raised
+        cut = base + shift if SHIFTED else base
+        shrink = gl.exp2(top - base)
+    if LIFTED:
+        cut = cut - LIFT
+    return gl.exp2(x * factor[:, None] - cut[:, None]), raised, shrink
+
+
+@gluon.jit
+def _partial(weights, TILE: gl.constexpr):
+    """Sum the weights that one thread holds of each row, so that no lane waits for another."""
+    parts = weights.reshape([ROWS, TILE // 8, 4, 2])
+    return gl.sum(gl.sum(parts, 3), 1)
+
+
+@gluon.jit
+def _scaled(sums, rows):
+    """Multiply each row of ``sums`` by its number; nothing moves between threads."""
+    layout: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    return sums * gl.convert_layout(rows, layout, assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def _pin(sums, PART: gl.constexpr):
+    """Keep what follows behind the sums."""
+    asm: gl.constexpr = PIN_0 if PART == 0 else PIN_1
+    return gl.inline_asm_elementwise(
+        asm, "=f,=f,f,f", [sums], dtype=gl.float32, is_pure=False, pack=2
+    )
+
+
+@gluon.jit
+def _operand(weights, dtype: gl.constexpr, TILE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Make the weights the left operand of the second product, where they are.
+
+    A thread holds columns 2t, 2t + 1, 2t + 8 and 2t + 9 of sixteen; eight-bit operands want four
+    neighbours, so the reduced dimension is renumbered, as stored values are (``sage``).
+    """
+    if dtype.primitive_bitwidth == 8:
+        parts = weights.reshape([ROWS, TILE // 16, 2, 4, 2]).permute(0, 1, 3, 2, 4)
+        ordered = gl.convert_layout(parts.reshape([ROWS, TILE]), LAYOUT, assert_trivial=True)
+        operand = gl.inline_asm_elementwise(
+            TO_E4M3, "=r,f,f,f,f", [ordered], dtype=gl.float8e4nv, is_pure=True, pack=4
+        )
+    else:
+        operand = gl.convert_layout(weights.to(dtype), LAYOUT, assert_trivial=True)
+    return operand
+
+
+@gluon.jit
+def _consume(
+    k_desc, v_desc, query, out, lse, ids, column_ids, key_scales, value_scales, key_means,
+    k_ring, v_ring, k_full, v_full, k_free, v_free, q_tile, q_small,
+    first, count, column_count, row, start, length, before, T, scale, q_t, q_d,
+    PART: gl.constexpr, LISTED: gl.constexpr, COLUMNS: gl.constexpr, KIND: gl.constexpr,
+    TILE: gl.constexpr, BLOCK_D: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """Attend 64 rows. ``query``, ``out`` and ``lse`` point at the head's first query."""
+    exact: gl.constexpr = q_tile.dtype
+    small: gl.constexpr = exact if KIND == EXACT else gl.float8e4nv
+    depth: gl.constexpr = 16 if KIND == EXACT else 32
+    s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, depth])
+    o_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, depth])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_mma, 2 if KIND == EXACT else 4)
+    load: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    rows_of: gl.constexpr = gl.SliceLayout(1, s_mma)
+
+    # Positions past a row's end stand for its padding, so that every output row is written.
+    position = row + gl.arange(0, ROWS, gl.SliceLayout(1, load))
+    token = gl.where(position < length, start + position, position - length) - before
+    read = gl.arange(0, BLOCK_D, gl.SliceLayout(0, load))
+    writable = (position < T) & (token >= 0)
+    pointers = query + token.to(gl.int64)[:, None] * q_t + read[None, :] * q_d
+    q = gl.load(pointers, mask=writable[:, None] & (read < D)[None, :], other=0.0)
+    factor = gl.full([ROWS], scale, gl.float32, rows_of)
+    shift = gl.zeros([ROWS], gl.float32, rows_of)
+    if KIND != EXACT:
+        wide = q.to(gl.float32)
+        mean = gl.load(key_means + read)
+        shift = gl.convert_layout(gl.sum(wide * mean[None, :], 1) * scale, rows_of)
+        bound: gl.constexpr = 127.0 if KIND == INT8 else 448.0
+        step = gl.maximum(gl.max(gl.abs(wide), 1), 1e-12) / bound
+        wide = wide / step[:, None]
+        if KIND == INT8:
+            # Adding and taking away 1.5 * 2**23 rounds to the nearest integer, ties to even.
+            q_small.store(((wide + MAGIC) - MAGIC).to(gl.int8))
+        else:
+            q_small.store(wide.to(gl.float8e4nv))
+        factor = gl.convert_layout(step * scale, rows_of)
+    if KIND == EXACT or COLUMNS:
+        q_tile.store(q)
+    fence_async_shared()
+    gl.thread_barrier()
+
+    top = gl.full([ROWS], -float("inf"), gl.float32, rows_of)
+    acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_mma)
+    none = gl.zeros([ROWS, BLOCK_D], gl.float32, o_mma)
+    total = _partial(gl.zeros([ROWS, TILE], gl.float32, s_mma), TILE)
+    if KIND == INT8:
+        begun = gl.full([ROWS, TILE], MAGIC_BITS, gl.int32, s_mma)
+    else:
+        begun = gl.zeros([ROWS, TILE], gl.float32, s_mma)
+    place = gl.arange(0, TILE, gl.SliceLayout(0, s_mma))
+    mine = row + gl.arange(0, ROWS, rows_of)
+    operand = q_tile if KIND == EXACT else q_small
+    k_type: gl.constexpr = k_desc.dtype
+    v_type: gl.constexpr = v_desc.dtype
+    v_shape: gl.constexpr = [TILE, BLOCK_D] if KIND == EXACT else [BLOCK_D, TILE]
+    k_flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK_D], k_type)
+    v_flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for(v_shape, v_type)
+    slot = first * 0
+    phase = first * 0
+    last = first - count + 1
+    if count > 0:
+        key = first * TILE
+        if LISTED:
+            key = gl.load(ids + first) * TILE
+        stretch = factor
+        if KIND != EXACT:
+            stretch = factor * gl.load(key_scales + key // TILE)
+            upcoming = _key_scale(key_scales, ids, gl.maximum(first - 1, last), LISTED)
+        visible = (key + place)[None, :] <= mine[:, None]
+        k_tile = k_ring.index(slot)._reinterpret(k_type, [TILE, BLOCK_D], k_flat).permute((1, 0))
+        mbarrier.wait(k_full.index(slot), phase)
+        raw = warpgroup_mma(operand, k_tile, begun, use_acc=KIND == INT8)
+        mbarrier.arrive(k_free.index(slot), count=1)
+        weights, top, shrink = _softmax(
+            raw, top, stretch, shift, visible, True, KIND, False, KIND != EXACT
+        )
+        total = _partial(weights, TILE)
+        # Eight-bit weights would cross the loop as single bytes, so they cross it as float32.
+        left = _operand(weights, small, TILE, p_layout) if KIND == EXACT else weights
+        for i in range(1, count):
+            old_slot = slot
+            old_phase = phase
+            slot, phase = _next(slot, phase, STAGES)
+            if KIND != EXACT:
+                stretch = factor * upcoming
+                upcoming = _key_scale(key_scales, ids, gl.maximum(first - i - 1, last), LISTED)
+            k_tile = (
+                k_ring.index(slot)._reinterpret(k_type, [TILE, BLOCK_D], k_flat).permute((1, 0))
+            )
+            v_tile = v_ring.index(old_slot)._reinterpret(v_type, v_shape, v_flat)
+            if KIND != EXACT:
+                v_tile = v_tile.permute((1, 0))
+            if OVERLAP:
+                mbarrier.wait(k_full.index(slot), phase)
+                scoring = warpgroup_mma(operand, k_tile, begun, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(old_slot), old_phase)
+                adding = warpgroup_mma(left, v_tile, acc, is_async=True)
+                raw = warpgroup_mma_wait(1, deps=[scoring])
+                mbarrier.arrive(k_free.index(slot), count=1)
+                weights, top, shrink = _softmax(
+                    raw, top, stretch, shift, place, False, KIND, False, False
+                )
+                total = _scaled(total, shrink) + _partial(weights, TILE)
+                left = _operand(weights, small, TILE, p_layout)
+                total = _pin(total, PART)
+                acc, total = warpgroup_mma_wait(0, deps=[adding, total])
+                mbarrier.arrive(v_free.index(old_slot), count=1)
+                acc = _scaled(acc, shrink)
+            else:
+                narrow = left
+                if KIND != EXACT:
+                    narrow = _operand(left, small, TILE, p_layout)
+                mbarrier.wait(v_full.index(old_slot), old_phase)
+                if KIND == EXACT:
+                    adding = warpgroup_mma(narrow, v_tile, acc, is_async=True)
+                else:
+                    adding = warpgroup_mma(narrow, v_tile, none, use_acc=False, is_async=True)
+                mbarrier.wait(k_full.index(slot), phase)
+                scoring = warpgroup_mma(operand, k_tile, begun, use_acc=KIND == INT8, is_async=True)
+                product = warpgroup_mma_wait(1, deps=[adding])
+                mbarrier.arrive(v_free.index(old_slot), count=1)
+                acc = product if KIND == EXACT else _scaled(acc, shrink) + product
+                raw = warpgroup_mma_wait(0, deps=[scoring])
+                mbarrier.arrive(k_free.index(slot), count=1)
+                weights, top, shrink = _softmax(
+                    raw, top, stretch, shift, place, False, KIND, False, KIND != EXACT
+                )
+                total = _scaled(total, shrink) + _partial(weights, TILE)
+                left = weights
+                if KIND == EXACT:
+                    left = _operand(weights, small, TILE, p_layout)
+                    acc = _scaled(acc, shrink)
+        v_tile = v_ring.index(slot)._reinterpret(v_type, v_shape, v_flat)
+        if KIND != EXACT:
+            v_tile = v_tile.permute((1, 0))
+        if KIND != EXACT:
+            left = _operand(left, small, TILE, p_layout)
+        mbarrier.wait(v_full.index(slot), phase)
+        if KIND == EXACT:
+            acc = warpgroup_mma(left, v_tile, acc)
+        else:
+            product = warpgroup_mma(left, v_tile, none, use_acc=False)
+            acc = _scaled(acc, shrink) + product
+        mbarrier.arrive(v_free.index(slot), count=1)
+        slot, phase = _next(slot, phase, STAGES)
+    # The same registers, named for products of 16-bit operands.
+    s_exact: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    o_exact: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    exact_rows: gl.constexpr = gl.SliceLayout(1, s_exact)
+    out_rows: gl.constexpr = gl.SliceLayout(1, o_exact)
+    acc = gl.convert_layout(acc, o_exact, assert_trivial=True)
+    top = gl.convert_layout(top, exact_rows, assert_trivial=True)
+    shift = gl.convert_layout(shift, exact_rows, assert_trivial=True)
+    channel = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_exact))
+    if KIND != EXACT:
+        acc = acc * gl.load(value_scales + channel)[None, :]
+    if COLUMNS:
+        left_of: gl.constexpr = gl.DotOperandLayout(0, o_exact, 2)
+        flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK_D], exact)
+        plain = gl.full([ROWS], scale, gl.float32, exact_rows)
+        clear = gl.zeros([ROWS, TILE], gl.float32, s_exact)
+        slots = gl.arange(0, TILE, gl.SliceLayout(0, s_exact))
+        ours = row + gl.arange(0, ROWS, exact_rows)
+        for t in range(0, column_count, TILE):
+            listed = t + slots < column_count
+            keys_at = gl.load(column_ids + t + slots, mask=listed, other=0)
+            listed = listed & (keys_at < length)
+            visible = listed[None, :] & (keys_at[None, :] <= ours[:, None])
+            k_tile = k_ring.index(slot)._reinterpret(exact, [TILE, BLOCK_D], flat)
+            v_tile = v_ring.index(slot)._reinterpret(exact, [TILE, BLOCK_D], flat)
+            mbarrier.wait(k_full.index(slot), phase)
+            fence_async_shared()
+            raw = warpgroup_mma(q_tile, k_tile.permute((1, 0)), clear, use_acc=False)
+            mbarrier.arrive(k_free.index(slot), count=1)
+            weights, top, shrink = _softmax(
+                raw, top, plain, shift, visible, True, EXACT, KIND != EXACT, KIND != EXACT
+            )
+            total = _scaled(total, shrink) + _partial(weights, TILE)
+            acc = _scaled(acc, shrink)
+            left = _operand(weights, exact, TILE, left_of)
+            mbarrier.wait(v_full.index(slot), phase)
+            fence_async_shared()
+            acc = warpgroup_mma(left, v_tile, acc)
+            mbarrier.arrive(v_free.index(slot), count=1)
+            slot, phase = _next(slot, phase, STAGES)
+
+    sums = gl.convert_layout(gl.sum(total, 1), out_rows)
+    tops = gl.convert_layout(top, out_rows)
+    position = row + gl.arange(0, ROWS, out_rows)
+    token = gl.where(position < length, start + position, position - length) - before
+    writable = (position < T) & (token >= 0)
+    real = (position < length) & (sums > 0.0)
+    sums = gl.where(real, sums, 1.0)
+    logs = tops + gl.log2(sums)
+    if KIND != EXACT:
+        logs = logs + gl.convert_layout(shift, out_rows) - LIFT
+    logs = gl.where(real, logs / LOG2_E, -float("inf"))
+    gl.store(lse + token, logs, mask=writable)
+    acc = gl.where(real[:, None], acc / sums[:, None], 0.0).to(exact)
+    pointers = out + token.to(gl.int64)[:, None] * D + channel[None, :]
+    gl.store(pointers, acc, mask=writable[:, None] & (channel < D)[None, :])
+
+
+@gluon.jit(do_not_specialize=["block_capacity", "column_capacity", "T", "T_q", "padded", "blocks"])
+def attend(
+    k_desc, v_desc, query, keys, values, out, lse, starts,
+    block_offsets, block_ids, column_offsets, column_ids, key_scales, value_scales, key_means,
+    q_b, q_h, q_t, q_d, k_b, k_h, k_t, v_b, v_h, v_t,
+    block_capacity, column_capacity, T, T_q, padded, blocks, scale,
+    H: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr,
+    HAS_STARTS: gl.constexpr, LISTED: gl.constexpr, COLUMNS: gl.constexpr, KIND: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Attend one block of 64 * CONSUMERS queries of one head, the longest rows first.
+
+    Scores are in base 2. The accumulator, row sums and row maxima are float32 in registers; weights
+    enter the second product in the dtype of the values. An eight-bit product of one tile is added
+    to the accumulator in float32, because tensor cores keep fewer bits.
+    """
+    exact: gl.constexpr = query.dtype.element_ty
+    tile: gl.constexpr = ROWS * CONSUMERS
+    program = gl.program_id(0)
+    b = (program // H).to(gl.int64)
+    h = (program % H).to(gl.int64)
+    kv = h // GROUPS
+    block = blocks - 1 - gl.program_id(1)
+    start = 0
+    if HAS_STARTS:
+        start = gl.load(starts + b).to(gl.int32)
+    length = T - start
+    row = block * tile
+    before = T - T_q
+    idle = (row >= length) | (start + row + tile <= before)
+
+    lists = program.to(gl.int64) * (blocks + 1) + block
+    ids = block_ids
+    first = block
+    count = block + 1
+    if LISTED:
+        begin = gl.load(block_offsets + lists)
+        end = gl.load(block_offsets + lists + 1)
+        ids = block_ids + program.to(gl.int64) * block_capacity
+        first = end - 1
+        count = end - begin
+    count = gl.where(idle, 0, count)
+    column_count = block * 0
+    columns = column_ids
+    if COLUMNS:
+        begin = gl.load(column_offsets + lists)
+        column_count = gl.where(idle, 0, gl.load(column_offsets + lists + 1) - begin)
+        columns = column_ids + program.to(gl.int64) * column_capacity + begin
+    H_KV: gl.constexpr = H // GROUPS
+    if KIND == EXACT:
+        batch = b.to(gl.int32)
+        head = kv.to(gl.int32)
+    else:
+        pair = (b * H_KV + kv).to(gl.int32)
+        batch = pair * padded
+        head = pair * BLOCK_D
+        key_scales += pair * (padded // tile)
+        value_scales += pair * BLOCK_D
+        key_means += pair * BLOCK_D
+    if COLUMNS:
+        keys += b * k_b + kv * k_h + start.to(gl.int64) * k_t
+        values += b * v_b + kv * v_h + start.to(gl.int64) * v_t
+    query += b * q_b + h * q_h
+    out += program.to(gl.int64) * T_q * D
+    lse += program.to(gl.int64) * T_q
+
+    ring: gl.constexpr = exact if KIND == EXACT or COLUMNS else k_desc.dtype
+    flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([tile, BLOCK_D], ring)
+    q_flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], exact)
+    k_ring = gl.allocate_shared_memory(ring, [STAGES, tile, BLOCK_D], flat)
+    v_ring = gl.allocate_shared_memory(ring, [STAGES, tile, BLOCK_D], flat)
+    count_bars: gl.constexpr = [STAGES, 1]
+    k_full = gl.allocate_shared_memory(gl.int64, count_bars, mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, count_bars, mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, count_bars, mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, count_bars, mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=CONSUMERS)
+        mbarrier.init(v_free.index(i), count=CONSUMERS)
+    q_tile = gl.allocate_shared_memory(exact, [CONSUMERS, ROWS, BLOCK_D], q_flat)
+    q_small = q_tile
+    if KIND != EXACT:
+        s_flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], k_desc.dtype)
+        q_small = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, ROWS, BLOCK_D], s_flat)
+    # Constants stay constants only in tuples written where they are passed.
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    k_desc, v_desc, query, out, lse, ids, columns, key_scales, value_scales,
+                    key_means, k_ring, v_ring, k_full, v_full, k_free, v_free, q_tile.index(0),
+                    q_small.index(0), first, count, column_count, row, start, length, before, T,
+                    scale, q_t, q_d, PART_0, LISTED, COLUMNS, KIND, tile, BLOCK_D, D, STAGES,
+                    OVERLAP,
+                )),
+                (_consume, (
+                    k_desc, v_desc, query, out, lse, ids, columns, key_scales, value_scales,
+                    key_means, k_ring, v_ring, k_full, v_full, k_free, v_free, q_tile.index(1),
+                    q_small.index(1), first, count, column_count, row + ROWS, start, length, before,
+                    T,
+                    scale, q_t, q_d, PART_1, LISTED, COLUMNS, KIND, tile, BLOCK_D, D, STAGES,
+                    OVERLAP,
+                )),
+                (_produce, (
+                    k_desc, v_desc, keys, values, ids, columns, k_ring, v_ring, k_full, v_full,
+                    k_free, v_free, first, count, column_count, batch, head, start, length, k_t,
+                    v_t, LISTED, COLUMNS, KIND, tile, BLOCK_D, D, STAGES,
+                )),
+            ],
+            [4, 4],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    k_desc, v_desc, query, out, lse, ids, columns, key_scales, value_scales,
+                    key_means, k_ring, v_ring, k_full, v_full, k_free, v_free, q_tile.index(0),
+                    q_small.index(0), first, count, column_count, row, start, length, before, T,
+                    scale, q_t, q_d, PART_0, LISTED, COLUMNS, KIND, tile, BLOCK_D, D, STAGES,
+                    OVERLAP,
+                )),
+                (_produce, (
+                    k_desc, v_desc, keys, values, ids, columns, k_ring, v_ring, k_full, v_full,
+                    k_free, v_free, first, count, column_count, batch, head, start, length, k_t,
+                    v_t, LISTED, COLUMNS, KIND, tile, BLOCK_D, D, STAGES,
+                )),
+            ],
+            [4],
+            [PRODUCER_REGISTERS],
+        )  # fmt: skip

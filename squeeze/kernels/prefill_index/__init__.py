@@ -1,0 +1,1 @@
+"""Estimate, select and list what a sparse prefill reads."""

@@ -1,0 +1,238 @@
+"""Estimate what attention weighs, select, and list it: what prefill policies are made of.
+
+Nothing waits for the device. Positions count from each row's first real token, tokens from the
+first of the batch, padding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from squeeze.errors import UnsupportedError
+from squeeze.kernels.linear_checks import require_triton
+from squeeze.kernels.prefill_index import reference, reference_estimates
+from squeeze.types import Implementation
+
+OP = "prefill_index"
+# A row of weights is held in registers.
+MOST_BLOCKS = 32768
+# A share counts as reached a little earlier: what float32 rounds, or divides inexactly, does not
+# decide where a row's weights add up to just that share.
+REACHED = 1 - 2.0**-20
+
+
+@torch.no_grad()
+def sampled_mass(
+    query: Tensor,
+    keys: Tensor,
+    starts: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    rows: Sequence[range],
+    size: int,
+    *,
+    implementation: Implementation = Implementation.REFERENCE,
+) -> tuple[Tensor, Tensor]:
+    """Sum the attention of sampled queries by key and by block diagonal.
+
+    With a = softmax(scaling * q[i] . k[j]) over j <= i: columns[j] = sum_i a[i, j], and
+    diagonals[d] = sum_ij a[i, j] * max(0, 1 - |i - j - d * size| / size).
+
+    Args:
+        query: After RoPE, ``[B, H, T_q, D]``, of the last T_q tokens.
+        keys: After RoPE, ``[B, H_kv, T, D]``; head h reads key head h // (H / H_kv).
+        starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
+        scaling: Multiplies the dot products.
+        softcap: Bound of the scores, or ``None``.
+        rows: Tokens whose queries are read, ascending, each among the last T_q.
+        size: Tokens per block.
+        implementation: ``auto`` belongs to the plan and is refused here.
+    Returns:
+        Columns by token, float32 ``[B, H, T]``, and diagonals, ``[B, H, ceil(T / size)]``. Queries
+        and keys of padding have no part in them.
+    Raises:
+        ValueError: shapes that do not fit, or ``auto``.
+        DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
+    Cost: two products of the sampled queries and the keys; 12 bytes of scratch memory per sampled
+        query and block of keys (``reference``: about 12 per sampled query and key).
+    """
+    _check(query, keys, starts)
+    T, T_q = keys.shape[2], query.shape[2]
+    if not rows or any(len(part) < 1 or part[0] < T - T_q or part[-1] >= T for part in rows):
+        raise ValueError(f"{OP}: sampled tokens {rows} must be among {T - T_q} to {T - 1}")
+    if _by_triton(query, implementation):
+        from squeeze.kernels.prefill_index import sampled
+
+        return sampled.sampled_mass(query, keys, starts, scaling, softcap, rows, size)
+    return reference_estimates.sampled_mass(query, keys, starts, scaling, softcap, rows, size)
+
+
+@torch.no_grad()
+def weigh_cells(
+    query: Tensor,
+    keys: Tensor,
+    starts: Tensor | None,
+    stride: int,
+    size: int,
+    scaling: float,
+    softcap: float | None,
+    rows: range,
+    *,
+    implementation: Implementation = Implementation.REFERENCE,
+) -> Tensor:
+    """Weigh the blocks of keys for query blocks ``rows`` by antidiagonals of cells.
+
+    Cell a holds positions a S to a S + S - 1, S = ``stride``. score[a, c] = scaling / S * sum_t
+    q[a S + S - 1 - t] . k[c S + t], tokens that are not there counting as 0; softmax over c <= a; a
+    block weighs the sum over its cells of keys, averaged over all size / S cells of queries, of
+    which those without a query count as 0.
+
+    Args:
+        query, keys, starts, scaling, softcap, implementation: As for ``sampled_mass``.
+        stride: Tokens per cell; a power of two of at least 4.
+        size: Tokens per block, a multiple of ``stride``.
+        rows: Query blocks, by position.
+    Returns:
+        float32 ``[B, H, len(rows), rows.stop]``; a full block's weights sum to 1 over the blocks up
+        to its own, and are 0 after it.
+    Raises:
+        ValueError: shapes that do not fit, or ``auto``.
+        DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
+    Cost: T^2 / (2 S) products of head size per head and all rows.
+    """
+    _check(query, keys, starts)
+    if (
+        stride < 2
+        or stride & (stride - 1)
+        or size % stride
+        or rows.stop * size > keys.shape[2] + size
+    ):
+        raise ValueError(f"{OP}: blocks {rows} of {size} tokens in cells of {stride}")
+    call = (query, keys, starts, stride, size, scaling, softcap, rows)
+    if _by_triton(query, implementation):
+        from squeeze.kernels.prefill_index import cells
+
+        return cells.weigh_cells(*call)
+    return reference_estimates.weigh_cells(*call)
+
+
+@torch.no_grad()
+def select_blocks(
+    weights: Tensor,
+    first: int,
+    limits: Tensor,
+    lengths: Tensor,
+    size: int,
+    mass: float | Tensor,
+    floor: Tensor | None,
+    require: Tensor | None,
+    counts: Tensor,
+    offsets: Tensor,
+    ids: Tensor,
+    *,
+    implementation: Implementation = Implementation.REFERENCE,
+) -> None:
+    """List the blocks of most weight for query blocks ``first`` to ``first + R - 1``, in place.
+
+    A query block takes block 0 and its own, then what ``require`` marks, then the others by
+    falling weight, the nearer of two equals first, until what it took weighs ``mass`` of its row,
+    or weights fall below ``floor``, or it has as many as its limit.
+
+    Args:
+        weights: float32 ``[B, H, R, C]`` in 0..1, C > first + R - 1; what lies after a query
+            block's own is ignored.
+        first: Query block of the first row.
+        limits: Most blocks of each row, int32 ``[R]`` or ``[H, R]``.
+        lengths: Real tokens of each batch row, int64 ``[B]``; blocks past them list nothing.
+        size: Tokens per block.
+        mass: Share of a row's weight to reach, one number or float32 ``[H, 1, 1]``; 1 takes
+            everything within the limit. It counts as reached at 1 - 2^-20 of it.
+        floor: Smallest weight to take, float32 ``[B, H, 1, 1]``, or ``None``.
+        require: Marks blocks to take first, bool, broadcastable to ``weights``, or ``None``.
+        counts: int32 ``[B, H, N]``, written for these rows.
+        offsets: int32 ``[B, H, N + 1]``; read at ``first``, written after it for these rows.
+        ids: int32 ``[B, H, capacity]``; the rows' ids, ascending, go behind those before them. The
+            last slot is undefined.
+        implementation: ``auto`` belongs to the plan and is refused here.
+    Raises:
+        ValueError: dtypes that do not fit, or ``auto``.
+        DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
+        UnsupportedError: ``triton`` with rows of more than 32768 blocks.
+    """
+    dtypes = [weights.dtype, *(x.dtype for x in (limits, counts, offsets, ids))]
+    if (
+        dtypes != [torch.float32] + 4 * [torch.int32]
+        or weights.shape[-1] < first + weights.shape[2]
+    ):
+        raise ValueError(f"{OP}: need float32 weights and int32 lists, got {dtypes}")
+    if isinstance(mass, Tensor):
+        mass = torch.where(mass < 1.0, REACHED * mass, mass)
+    else:
+        mass = REACHED * mass if mass < 1.0 else mass
+    call = (weights, first, limits, lengths, size, mass, floor, require, counts, offsets, ids)
+    if _by_triton(weights, implementation):
+        if weights.shape[-1] > MOST_BLOCKS:
+            raise UnsupportedError(OP, f"{weights.shape[-1]} blocks", f"at most {MOST_BLOCKS}")
+        from squeeze.kernels.prefill_index import selection
+
+        return selection.select_blocks(*call)
+    return reference.select_blocks(*call)
+
+
+@torch.no_grad()
+def list_lines(
+    columns: Tensor,
+    distances: Tensor,
+    lengths: Tensor,
+    size: int,
+    blocks: int,
+    first: int,
+    *,
+    implementation: Implementation = Implementation.REFERENCE,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """List, for every query block, block diagonals and the columns outside them.
+
+    Args:
+        columns: Positions of columns, integers ``[B, H, V]``, ascending, none in block 0; what is
+            not before the last block begins fills up.
+        distances: Of block diagonals in blocks, integers ``[B, H, S]``, descending, 0 among them;
+            ``blocks`` fills up.
+        lengths: Real tokens of each row, int64 ``[B]``; blocks past them list nothing.
+        size: Tokens per block.
+        blocks: Query blocks, N.
+        first: Query block to begin with; those before it list nothing.
+        implementation: ``auto`` belongs to the plan and is refused here.
+    Returns:
+        Offsets int32 ``[B, H, N + 1]`` and ids int32 of blocks, block 0 always among them, and the
+        same of columns, as ``BlockIndex`` has them, or twice ``None`` where V is 0.
+    Raises:
+        ValueError: shapes that do not fit, or ``auto``.
+        DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
+    """
+    if columns.shape[:2] != distances.shape[:2] or distances.shape[-1] < 1:
+        raise ValueError(f"{OP}: columns {columns.shape} with distances {distances.shape}")
+    call = (columns, distances, lengths, size, blocks, first)
+    if _by_triton(lengths.float(), implementation):
+        from squeeze.kernels.prefill_index import lines
+
+        return lines.list_lines(*call)
+    return reference.list_lines(*call)
+
+
+def _by_triton(x: Tensor, implementation: Implementation) -> bool:
+    if implementation is Implementation.AUTO:
+        raise ValueError(f"{OP}: implementation must be resolved before the call")
+    if implementation is Implementation.TRITON:
+        require_triton(OP, x)
+    return implementation is Implementation.TRITON
+
+
+def _check(query: Tensor, keys: Tensor, starts: Tensor | None) -> None:
+    (B, H, T_q, D), (H_kv, T) = query.shape, keys.shape[1:3]
+    if keys.shape != (B, H_kv, T, D) or H % H_kv or T_q > T or query.dtype != keys.dtype:
+        raise ValueError(f"{OP}: queries {tuple(query.shape)} with keys {tuple(keys.shape)}")
+    if starts is not None and (starts.shape != (B,) or starts.dtype != torch.int64):
+        raise ValueError(f"{OP}: starts must be int64 [{B}], got {starts.dtype} {starts.shape}")

@@ -1,0 +1,198 @@
+"""The clustered linear layer by warpgroups, and decoding: division, choice, and the arithmetic."""
+
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from launched import absent, asked_about
+from ptx import as_bits, bytes_of, run
+
+from squeeze.kernels.bits import pack
+from squeeze.kernels.lut_linear import (
+    gluon_assembly,
+    gluon_dense,
+    gluon_layout,
+    gluon_wide_assembly,
+    whole_rows,
+    wide_rows,
+)
+from squeeze.types import ClusteredWeight
+
+LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336))
+ODD = ((333, 1000), (40, 2304), (1, 128), (128256, 4096), (64, 131072))
+FORMS = ((1, 2), (1, 3), (1, 4), (2, 2), (2, 4))  # bytes of an entry, bits
+
+
+def division(rows, shape, pieces, bits, processors=132):
+    """The division of a layer."""
+    return wide_rows.divide(rows, shape[0], -(-shape[1] // 32), pieces, bits, processors)
+
+
+@pytest.mark.parametrize("shape", LAYERS + ODD)
+@pytest.mark.parametrize("rows", [5, 8, 9, 16, 17, 64])
+def test_a_division_covers_the_weight(shape, rows):
+    for pieces, bits in FORMS:
+        found = division(rows, shape, pieces, bits)
+        steps, tiles = -(-shape[1] // 512), -(-shape[0] // 64)
+        assert found.slices * found.steps >= steps > (found.slices - 1) * found.steps
+        assert found.programs * found.own >= tiles >= found.programs
+        groups, left = divmod(wide_rows.WARPS // 4, found.across)
+        assert left == 0
+        assert found.own % groups == 0
+        assert max(rows, 8) <= found.x_rows < 2 * max(rows, 5)
+        # The allocation is rounded up to 256 bytes and holds 256 more.
+        assert found.shared_bytes(bits, pieces) + 512 <= 227 * 1024
+        assert found.registers(pieces) * wide_rows.WARPS * 32 <= 65536
+
+
+@pytest.mark.parametrize("shape", LAYERS)
+def test_a_common_layer_takes_one_wave(shape):
+    for rows, (pieces, bits) in itertools.product((8, 16, 32, 64), FORMS):
+        found = division(rows, shape, pieces, bits)
+        assert 64 < found.programs * found.slices <= 132
+        assert found.halves == (2 if bits == 4 and rows * pieces <= 16 else 1)
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_the_division_measured_as_best_is_chosen(rows):
+    found = division(rows, (14336, 4096), 1, 4)
+    assert (found.slices, found.own, found.across) == (4, 7, 2)
+
+
+@pytest.mark.parametrize("columns", [16, 32, 64, 128])
+def test_stores_of_x_reach_every_bank_once(columns):
+    lane = torch.arange(32)
+    place = lane // 8 * gluon_layout.wide_group_bytes(columns)
+    place += lane % 2 * 2 * gluon_layout.wide_word_bytes(columns) + lane // 2 % 4 * 4
+    assert sorted((place // 4 % 32).tolist()) == list(range(32))
+    pieces = [gluon_layout.wide_piece_at(i, columns) for i in range(8)]
+    taken = (place[:, None] + torch.tensor(pieces)).flatten().tolist()
+    assert len(set(taken)) == 256
+    assert gluon_layout.wide_column_bytes(columns) % 16 == 0
+    assert gluon_layout.wide_word_bytes(columns) % 16 == 0
+    assert gluon_layout.wide_group_bytes(columns) % 16 == 0
+
+
+def packed(bits=4, shape=(48, 256), columns=None):
+    """A weight without memory."""
+    groups = (shape[0], 1 if columns is None else shape[1] // columns, 2**bits)
+    return ClusteredWeight(
+        absent(shape[0], -(-shape[1] // 32) * bits, dtype=torch.int32),
+        absent(*groups, dtype=torch.int8), absent(shape[0], dtype=torch.float16),
+        bits, shape, 1, columns or shape[1],
+    )  # fmt: skip
+
+
+def test_what_is_decoded_by_rows():
+    dense = absent(48, 256, dtype=torch.bfloat16)
+    with asked_about(80):
+        assert not whole_rows.fits(dense, packed())
+    with asked_about(90):
+        for bits in (3, 4):
+            assert whole_rows.fits(dense, packed(bits))
+        assert not whole_rows.fits(dense.float(), packed())
+        assert not whole_rows.fits(dense.half(), packed())
+        assert not whole_rows.fits(dense, replace(packed(), rows=8))
+        assert not whole_rows.fits(dense, packed(2))
+        assert not whole_rows.fits(dense, packed(5))
+        assert not whole_rows.fits(dense, packed(columns=64))
+        assert not whole_rows.fits(dense, packed(shape=(48, 128)))
+        assert not whole_rows.fits(dense[:, :250], replace(packed(), shape=(48, 250)))
+    assert not whole_rows.fits(torch.empty(48, 256, dtype=torch.bfloat16), packed())
+
+
+def word(numbers):
+    """Four bytes as a word, the first lowest."""
+    return sum((int(number) & 255) << 8 * i for i, number in enumerate(numbers))
+
+
+def table(entries, halves):
+    """A row's table as the kernel holds it."""
+    words = [word(entries[i : i + 4]) for i in range(0, len(entries), 4)]
+    if halves == 1:
+        return words
+    first = run(gluon_assembly.BALANCE.value, 2, [words[0], words[2]])
+    second = run(gluon_assembly.BALANCE.value, 2, [words[1], words[3]])
+    return [first[0], second[0], first[1], second[1]]
+
+
+def without(assembly, kinds):
+    """Assembly without the statements of some kinds."""
+    body = assembly.strip().removeprefix("{").removesuffix("}")
+    return "\n".join(line for line in body.split("\n") if not line.strip().startswith(kinds))
+
+
+@pytest.mark.parametrize(
+    ("bits", "halves", "pieces"),
+    [(2, 1, 1), (3, 1, 1), (4, 1, 1), (4, 2, 1), (2, 1, 2), (3, 1, 2), (4, 1, 2)],
+)
+@pytest.mark.parametrize("c", range(4))
+def test_products_take_the_entries_of_a_plane(bits, halves, pieces, c):
+    u = 4
+    codes = torch.randint(0, 2**bits, (2, 32 * u))
+    entries = torch.randint(-127, 128, (pieces, 2, 2**bits)).tolist()
+    entries[0][0][0], entries[0][0][-1] = -127, 127
+    planes = (pack(codes, bits).view(2, bits, u).long() & 0xFFFFFFFF).tolist()
+    words = [planes[row][c % (4 if bits == 4 else 2)] for row in range(2)]
+    if bits == 3:
+        words += [planes[row][2] for row in range(2)]
+    tables = [table(entries[piece][row], halves) for piece in range(pieces) for row in range(2)]
+    # With this many columns there are 32 sums, as many as are needed to look at the operands.
+    columns = 64 // pieces
+    assembly = gluon_wide_assembly.multiply_plane(bits, (c,), pieces, halves, columns, True)
+    products = re.findall(r"wgmma.mma_async\S+\s+{[^}]*}, {([^}]*)}, d, (\w);", assembly)
+    once = ["q", "p"][:halves] * pieces  # the first product of a piece takes the sums' place
+    assert [add for _, add in products] == once + ["p"] * (3 * len(once))
+    names = [name for left, _ in products for name in left.split(", ")]
+    lines = without(assembly, ("wgmma", "setp", ".reg", "mov.b32 t", "add.u32 t", "mov.b64"))
+    lines += "".join(f"\nmov.b32 ${i}, {name};" for i, name in enumerate(names))
+    lines += "".join(f"\nmov.b32 ${i}, 0;" for i in range(len(names), 32))
+    found = run(lines, 32, [*itertools.chain(*words, *tables), 0])
+    place = iter(found)
+    for j in range(u):
+        sums = {}
+        for piece in [piece for piece in range(pieces) for _ in range(halves)]:
+            left = [bytes_of(next(place)) for _ in range(4)]
+            for row, n in itertools.product(range(2), range(8)):
+                key = (piece, row, n)
+                sums[key] = sums.get(key, halves == 2) + left[row + n // 4 * 2][n % 4]
+        for (piece, row, n), total in sums.items():
+            assert total == entries[piece][row][codes[row, (4 * n + c) * u + j]]
+
+
+@pytest.mark.parametrize("entries", ["int8", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_decoding_rounds_entries_as_the_reference(bits, dtype, entries):
+    u, c, factor = 8, 2, 0.0123
+    codes = torch.randint(0, 2**bits, (1, 32 * u))
+    if entries == "int8":
+        book = torch.randint(-127, 128, (2**bits,), dtype=torch.int8)
+    else:
+        book = torch.randn(2**bits).half()
+    raw = (book.view(torch.int32).long() & 0xFFFFFFFF).tolist()
+    size, low, high = book.itemsize, [], []
+    make = gluon_dense.table(size, dtype == torch.float16)
+    for i in range(2**bits // 4):
+        pair = run(make, 2, [raw[size * i], raw[size * i + size - 1], as_bits(factor)])
+        low.append(pair[0])
+        high.append(pair[1])
+    planes = (pack(codes, bits).view(bits, u).long() & 0xFFFFFFFF).tolist()
+    words = planes[c % (4 if bits == 4 else 2)] + (planes[2] if bits == 3 else [])
+    assembly = gluon_dense.decode(bits, c, 2 * u)
+    stores = re.findall(r"@p st.global.v4.b32 \[\$\d+ \+ (\d+)\], {([^}]*)};", assembly)
+    lines = without(assembly, ("@p", "setp", ".reg", "mov.b32 $0"))
+    lines = re.sub(r"\$(\d+)", lambda found: f"${int(found[1]) + 31}", lines)
+    names = [name for _, numbers in stores for name in numbers.split(", ")]
+    lines += "".join(f"\nmov.b32 ${i}, {name};" for i, name in enumerate(names))
+    found = run(lines, 32, [*words, *low, *high, 0, 1])
+    numbers = torch.tensor(found).to(torch.int32).view(dtype).view(8, 8)
+    for n, (place, _) in enumerate(stores):
+        column = (4 * n + c) * u
+        assert int(place) == 2 * column
+        wanted = book[codes[0, column : column + 8]].float() * torch.tensor(factor)
+        assert torch.equal(numbers[n], wanted.to(dtype))
