@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from benchmarks.lut_linear import COPIES, REPLAYS, SHAPES, _median_us
+from benchmarks.lut_linear import COPIES, REPLAYS, SHAPES, _dense_call, _median_us
 from squeeze.kernels.bits import pack
 from squeeze.kernels.float8_linear.api import float8_linear
 from squeeze.types import ClusteredWeight, Implementation
@@ -74,10 +73,6 @@ def _shape(
             "implementation": implementation.value, "median_us": ours, "bytes": weights[0].nbytes,
             "baseline": False, "speedup": library / ours,
         }  # fmt: skip
-
-
-def _dense_call(x: Tensor, dense: Tensor) -> Callable[[], Tensor]:
-    return lambda: linear(x, dense)
 
 
 def _call(x: Tensor, weight: ClusteredWeight, how: Implementation) -> Callable[[], Tensor]:

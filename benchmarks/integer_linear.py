@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from benchmarks.lut_linear import COPIES, REPLAYS, ROWS, SHAPES, _median_us
+from benchmarks.lut_linear import COPIES, REPLAYS, ROWS, SHAPES, _dense_call, _median_us
 from squeeze.kernels.integer_linear.api import integer_linear
 from squeeze.quant.weights.integer import Integer
 from squeeze.types import Implementation, IntegerWeight
@@ -65,10 +64,6 @@ def _shape(
             "implementation": implementation.value, "median_us": ours, "bytes": weights[0].nbytes,
             "baseline": False, "speedup": library / ours,
         }  # fmt: skip
-
-
-def _dense_call(x: Tensor, dense: Tensor) -> Callable[[], Tensor]:
-    return lambda: linear(x, dense)
 
 
 def _call(x: Tensor, weight: IntegerWeight, how: Implementation) -> Callable[[], Tensor]:

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from benchmarks.lut_linear import _median_us, judged
+from benchmarks.lut_linear import _dense_call, _median_us, judged
 from squeeze.kernels.sparse_gemv.api import by_columns, sparse_gemv
 from squeeze.types import Implementation
 
@@ -82,10 +81,6 @@ def _shape(
             "median_us": ours, "bytes": int(live * weights[0].nbytes), "baseline": False,
             "speedup": library / ours,
         }  # fmt: skip
-
-
-def _dense_call(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    return lambda: linear(x, weight)
 
 
 def _call(
