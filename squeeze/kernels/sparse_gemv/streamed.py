@@ -15,12 +15,13 @@ SHARES = 16  # at most
 WARPS, FEW_WARPS = 16, 8  # of a program
 SHORT = 32768  # units times channels up to which a program has few, and one of the next call fits
 GROUPS = 4  # of copies under way
-EACH = 4  # copies of a group, 16 bytes a lane
+EACH, FEW_EACH = 4, 2  # copies of a group, 16 bytes a lane
+FEW_CHUNKS = 2  # up to which a group has few copies, and more programs fit a multiprocessor
 CHANNELS = 65536  # the list has 16 bits for a channel
 LIST_BYTES = 64 * 1024  # of shared memory for the list of a program
 NARROW = 1  # units that a column's piece takes in time beside its own
 START, SUM_COST = 8, 12  # a program's start, a second kernel for the shares; in units of work
-DTYPES = (torch.bfloat16,)  # of x that were seen to be right; float16 compiles as well
+DTYPES = (torch.float16, torch.bfloat16)
 CAPABILITY = (9, 0)  # of GPUs; others keep to the other kernels
 
 
@@ -32,6 +33,11 @@ class Shape:
     shares: int  # of the channels
     warps: int  # of a program
     chunks: int  # 32 channels each, of a warp
+
+    @property
+    def each(self) -> int:
+        """Copies of a group."""
+        return EACH if self.chunks > FEW_CHUNKS else FEW_EACH
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
@@ -67,7 +73,7 @@ def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | Non
     blocks = triton.cdiv(out_features, 8 * shape.units)
     stream.multiply[(blocks, shape.shares)](
         x, weight, threshold, bias, parts, out_features, in_features, weight.stride(1),
-        UNITS=shape.units, CHUNKS=shape.chunks, GROUPS=GROUPS, EACH=EACH,
+        UNITS=shape.units, CHUNKS=shape.chunks, GROUPS=GROUPS, EACH=shape.each,
         WARPS=shape.warps, BIASED=bias is not None and not split,
         num_warps=shape.warps, launch_pdl=True,
     )  # fmt: skip
