@@ -21,8 +21,7 @@ from squeeze.report import Report
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 CATALOGUE = ROOT / "docs" / "methods.md"
-SPEEDS = ROOT / "benchmarks" / "results" / "decode_attention.json"
-ENCODING = ROOT / "benchmarks" / "results" / "kv_encode.json"
+RESULTS = ROOT / "benchmarks" / "results"
 TITLES = {
     "kv": "KV-cache formats",
     "transform": "Exact transforms of keys and values",
@@ -38,8 +37,9 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="report.json of the run to show")
     options = parser.parse_args()
     readme = replace(README.read_text(encoding="utf-8"), "methods", methods())
-    readme = replace(readme, "speed", speed(json.loads(SPEEDS.read_text(encoding="utf-8"))))
-    readme = replace(readme, "encoding", encoding(json.loads(ENCODING.read_text(encoding="utf-8"))))
+    for name, (op, written) in MEASURED.items():
+        found = json.loads((RESULTS / f"{op}.json").read_text(encoding="utf-8"))
+        readme = replace(readme, name, written(found))
     if options.report:
         readme = replace(readme, "results", results(Report.load(options.report)))
     README.write_text(readme, encoding="utf-8")
@@ -66,15 +66,39 @@ def speed(result: Mapping[str, Any]) -> str:
         cells = [f"{row['median_us']:.1f} ({row['speedup']:.2f}x)" for row in own]
         bits = own[0].get("effective_bits", 16.0)
         lines.append(f"| {name.removeprefix('squeeze ')} | {bits:.2f} | {' | '.join(cells)} |")
+    conditions = f"batch x tokens, {shapes[0].split(', ', 1)[1]}"
+    return "\n".join([*lines, "", f"{place(result)}, {conditions}."]) + "\n"
+
+
+def steps(result: Mapping[str, Any]) -> str:
+    """Lay out measured decode steps, a line per shape: dense ones, ours, and the peak of memory."""
+    ways = ("eager", "compiled", "squeezed")
+    lines = [
+        "| batch x tokens | eager | compiled | squeezed | peak of dense | squeezed |",
+        "|---" + "|---:" * 5 + "|",
+    ]
+    for shape in dict.fromkeys(row["shape"] for row in result["rows"]):
+        own = {row["implementation"]: row for row in result["rows"] if row["shape"] == shape}
+        eager, compiled, ours = (own[way]["step_ms"] for way in ways)
+        dense, peak = own["eager"]["peak_gb"], own["squeezed"]["peak_gb"]
+        lines.append(
+            f"| {shape.replace('x', ' x ')} | {eager:.1f} | {compiled:.1f} "
+            f"| {ours:.2f} ({min(eager, compiled) / ours:.1f}x) "
+            f"| {dense:.1f} | {peak:.1f} ({peak / dense:.2f}) |"
+        )
+    layers = result["rows"][0]["layers"]
+    conditions = (
+        f"a random Llama of {layers} layers in the shape of one of 8B parameters, weights in "
+        f"palettes of 4 bits and the cache of `kv4`, medians of a call of the model and an argmax"
+    )
+    return "\n".join([*lines, "", f"{place(result)}, {conditions}."]) + "\n"
+
+
+def place(result: Mapping[str, Any]) -> str:
+    """Say where a result was measured."""
     where = result["versions"]
     versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "cuda"))
-    heads_of = shapes[0].split(", ", 1)[1]
-    return (
-        "\n".join(
-            [*lines, "", f"{result['hardware']['gpu']}, batch x tokens, {heads_of}, {versions}."]
-        )
-        + "\n"
-    )
+    return f"{result['hardware']['gpu']}, {versions}"
 
 
 def encoding(result: Mapping[str, Any]) -> str:
@@ -95,6 +119,14 @@ def encoding(result: Mapping[str, Any]) -> str:
         f"the attention of a prompt of 32768 tokens ({name['prefill']}); every format: "
         "`python -m benchmarks.run kv_encode`.\n"
     )
+
+
+# Generated parts of the README that lay out a result of ``benchmarks``.
+MEASURED = {
+    "speed": ("decode_attention", speed),
+    "steps": ("decode_step", steps),
+    "encoding": ("kv_encode", encoding),
+}
 
 
 def methods() -> str:
