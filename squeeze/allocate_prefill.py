@@ -11,7 +11,8 @@ from itertools import pairwise
 
 from squeeze import registry
 from squeeze.calibrate import Stats
-from squeeze.plan import PREFILL_CURVES, Plan
+from squeeze.plan import Plan
+from squeeze.plan_prefill import PREFILL_CURVES
 
 # Density and loss of one head at one budget of the policy's ladder.
 Point = tuple[float, float]

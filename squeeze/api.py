@@ -22,6 +22,7 @@ from squeeze.compress import compress, fit_tables
 from squeeze.distill import distill, own_text, sequences
 from squeeze.errors import CheckpointError, RecipeError, UnsupportedError, nearest
 from squeeze.evaluation import check_tasks, evaluate
+from squeeze.evaluation.eight_bits import choose_layers
 from squeeze.evaluation.head_budgets import choose_budgets
 from squeeze.evaluation.inspection import PARTS, Sensitivity, inspect_layers
 from squeeze.evaluation.scoring import Progress
@@ -42,7 +43,8 @@ from squeeze.key_biases import find_huge
 from squeeze.layerwise import fit_layers, shifts, streamed
 from squeeze.loading import load_model, load_tokenizer
 from squeeze.model_info import ModelInfo, describe, empty_model, load_config, locate
-from squeeze.plan import KV_LOSS, PREFILL_CURVES, Plan, make_plan, resolve_device
+from squeeze.plan import KV_LOSS, Plan, make_plan, resolve_device
+from squeeze.plan_prefill import PREFILL_COSINES, PREFILL_CURVES
 from squeeze.prompt import load_prompt, save_prompt
 from squeeze.recipe import Recipe
 from squeeze.report import Report
@@ -71,6 +73,8 @@ __all__ = [
 ]
 
 
+# What calibration measures by running the whole dense model, where the device holds it.
+RUN_WHOLE = {PREFILL_COSINES, PREFILL_CURVES}
 # What to do in place of squeezing a model that is split.
 WHOLE_REMEDY = (
     "Squeeze the whole model, which torchrun shares out too; then squeeze.load(folder, "
@@ -206,7 +210,7 @@ def run(
     loaded: Any = model
     if not isinstance(model, nn.Module):
         # Where layers are fitted one by one, one at a time is on the device.
-        whole = made.allocation is not None or PREFILL_CURVES in made.statistics
+        whole = made.allocation is not None or bool(RUN_WHOLE & set(made.statistics))
         home = "cpu" if streamed(made) and not whole else device
         loaded = load_model(model, device=home, dtype=dtype, trust_remote_code=trust_remote_code)
         # Biases are known now; all else was planned, and refused, before the weights were read.
@@ -377,7 +381,7 @@ def _calibrate(
     Settling weights fits them; these come back too.
     """
     folder, stats = work and work / "statistics", None
-    needed = set(made.statistics) - {KV_LOSS, PREFILL_CURVES} - streamed(made)
+    needed = set(made.statistics) - {KV_LOSS, *RUN_WHOLE} - streamed(made)
     if needed:
         tokens = calibration_tokens(tokenizer, recipe.calibration).to(model.device)
         stats = calibrate(
@@ -408,6 +412,18 @@ def _calibrate(
             made,
             calibration_texts(recipe.calibration),
             recipe.attention.mean_density,
+            recipe.attention.length,
+            seed=recipe.calibration.seed,
+            folder=folder,
+            progress=progress,
+        )
+    if recipe.attention is not None and recipe.attention.quantize is not None:
+        made = choose_layers(
+            model,
+            tokenizer,
+            made,
+            calibration_texts(recipe.calibration),
+            recipe.attention.min_cosine,
             recipe.attention.length,
             seed=recipe.calibration.seed,
             folder=folder,

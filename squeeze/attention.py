@@ -22,8 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from squeeze.cache import Handle, LayerSpec, Side
 from squeeze.errors import UnsupportedError
 from squeeze.kernels.block_sparse_attention.api import block_sparse_attention
+from squeeze.kernels.block_sparse_attention.sage import Quantize
 from squeeze.sparsify.index import density
-from squeeze.types import Implementation, Tensors
+from squeeze.types import BlockIndex, Implementation, Tensors
 
 # A call of at most this many queries over a filled cache is decode: no prefill policy acts in it.
 DECODE_QUERIES = 128
@@ -61,6 +62,9 @@ class LayerState(nn.Module):
         policy: Prefill policy, or ``None``.
         implementation: What computes packed and sparse attention.
         tables: Buffers, named by ``table_name``.
+        quantize: Eight bits that prefill is multiplied in, over the policy's list or over
+            everything, or ``None``.
+        quantize_min_length: Tokens from which it is.
     """
 
     def __init__(
@@ -70,8 +74,11 @@ class LayerState(nn.Module):
         policy: Any = None,
         implementation: str = "reference",
         tables: Tensors | None = None,
+        quantize: Quantize | None = None,
+        quantize_min_length: int = 0,
     ) -> None:
         super().__init__()
+        self.quantize, self.quantize_min_length = quantize, quantize_min_length
         self.dense, self.kv, self.policy = dense, kv, policy
         self.implementation = Implementation(implementation)
         self.padding: list[int] | None = None  # left padding of the rows of the running call
@@ -182,7 +189,7 @@ def attention(
     if isinstance(key, Handle):
         layer, keys, values = key
         if layer.total > 0:
-            if _policy_acts(state, query, layer.total + query.shape[2]):
+            if _kernel_acts(state, query, layer.total + query.shape[2]):
 
                 def sparse(whole_keys: Tensor, whole_values: Tensor) -> Tensor:
                     types, pads = layer.types, layer.pads
@@ -200,7 +207,7 @@ def attention(
     if (
         state.past is not None
         and keys.shape[2] == state.past + query.shape[2]  # not a cache with room to fill
-        and _policy_acts(state, query, keys.shape[2])
+        and _kernel_acts(state, query, keys.shape[2])
     ):
         call = (query, keys, values, scale, softcap)
         output = _sparse(state, *call, state.padding, state.types)
@@ -217,12 +224,18 @@ def attention(
     return result
 
 
-def _policy_acts(state: LayerState, query: Tensor, length: int) -> bool:
-    return (
-        state.policy is not None
-        and query.shape[2] > DECODE_QUERIES
-        and length >= state.policy.min_length
-    )
+def _kernel_acts(state: LayerState, query: Tensor, length: int) -> bool:
+    """Whether a call is prefill, of a length from which the policy or eight bits serve."""
+    is_prefill = query.shape[2] > DECODE_QUERIES
+    return is_prefill and (_policy_acts(state, length) or _rounding(state, length) is not None)
+
+
+def _policy_acts(state: LayerState, length: int) -> bool:
+    return state.policy is not None and length >= state.policy.min_length
+
+
+def _rounding(state: LayerState, length: int) -> Quantize | None:
+    return state.quantize if length >= state.quantize_min_length else None
 
 
 def _sparse(
@@ -237,18 +250,20 @@ def _sparse(
 ) -> Tensor:
     batch, length, before = query.shape[0], keys.shape[2], keys.shape[2] - query.shape[2]
     starts = torch.tensor(pads, device=query.device) if pads and any(pads) else None
-    extra: dict[str, Any] = {}
-    if getattr(state.policy, "asks_types", False) and types is not None:
-        extra = {"types": types} if types.shape[1] == length else {}
-    if getattr(state.policy, "asks_implementation", False):
-        extra["implementation"] = state.implementation
-    index = state.policy.index(query, keys, starts, scaling, softcap, **extra)
-    lengths = torch.full((batch,), length, device=query.device)
-    begins = torch.full((batch,), before, device=query.device)
-    if starts is not None:
-        lengths = (lengths - starts).clamp(min=1)
-        begins = torch.minimum((begins - starts).clamp(min=0), lengths - 1)
-    state.density = density(index, lengths, begins).mean(0)
+    index: BlockIndex | None = None
+    if _policy_acts(state, length):
+        extra: dict[str, Any] = {}
+        if getattr(state.policy, "asks_types", False) and types is not None:
+            extra = {"types": types} if types.shape[1] == length else {}
+        if getattr(state.policy, "asks_implementation", False):
+            extra["implementation"] = state.implementation
+        index = state.policy.index(query, keys, starts, scaling, softcap, **extra)
+        lengths = torch.full((batch,), length, device=query.device)
+        begins = torch.full((batch,), before, device=query.device)
+        if starts is not None:
+            lengths = (lengths - starts).clamp(min=1)
+            begins = torch.minimum((begins - starts).clamp(min=0), lengths - 1)
+        state.density = density(index, lengths, begins).mean(0)
     output, _ = block_sparse_attention(
         query,
         keys,
@@ -257,6 +272,7 @@ def _sparse(
         starts=starts,
         scaling=scaling,
         softcap=softcap,
+        quantize=_rounding(state, length),
         implementation=state.implementation,
     )
     return output

@@ -103,6 +103,7 @@ class ModelInfo:
             ``(E, out, in)``.
         step_reasons: Of each entry of ``attention``, why a recorded decode step runs its layer as
             it is; empty where it runs fused.
+        softcap: Bound of the scores of attention, ``None`` without one.
     """
 
     source: str
@@ -116,6 +117,7 @@ class ModelInfo:
     mixers: tuple[str, ...] = ()
     experts: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     step_reasons: tuple[str, ...] = ()
+    softcap: float | None = None
 
     @property
     def dtype_bits(self) -> int:
@@ -205,6 +207,7 @@ def describe(
         step_reasons=tuple(
             refusal(model.get_submodule(item.module.rpartition(".")[0])) or "" for item in attention
         ),
+        softcap=getattr(text, "attn_logit_softcapping", None),
     )
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from squeeze import plan_guard, plan_table, registry
-from squeeze.errors import DeviceError, RecipeError, UnsupportedError, nearest
+from squeeze.errors import DeviceError, RecipeError, nearest
 from squeeze.matching import matches
-from squeeze.model_info import SINK_LOGITS, ModelInfo, require_packable
+from squeeze.model_info import ModelInfo
 from squeeze.plan_activations import ActivationPlan, activation_rows
 from squeeze.plan_cache import (
     DENSE_BITS,
@@ -32,17 +32,17 @@ from squeeze.plan_cache import (
     uniform_rows,
 )
 from squeeze.plan_mixer import MixerPlan, mixer_rows
+from squeeze.plan_prefill import PrefillPlan, prefill_notes, prefill_rows, prefill_statistics
 from squeeze.plan_scaling import with_producers
 from squeeze.plan_weights import PREDICTORS, WeightAllocation
 from squeeze.plan_weights import bound_of as weight_bound
 from squeeze.plan_weights import uniform_rows as uniform_weights
-from squeeze.recipe import Method, Recipe, WeightRule, layer_candidates
+from squeeze.recipe import Recipe, WeightRule, layer_candidates
 from squeeze.recipe_values import build_transform
 from squeeze.types import Implementation, resolve_dtype
 
 # Measured for an allocation under a bound on mean bits, and not by calibration itself.
 KV_LOSS = "kv_loss"
-PREFILL_CURVES = "prefill_curves"  # of heads, where the recipe bounds their mean density
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,6 @@ class WeightPlan:
     def values(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1] * max(1, self.experts)
-
-
-@dataclass(frozen=True)
-class PrefillPlan:
-    """Which prefill policy one layer follows; ``None`` is dense (``reason`` says why)."""
-
-    layer: int
-    module: str
-    policy: dict[str, Any] | None
-    implementation: str
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -181,7 +170,7 @@ class Plan:
     def lossless(self) -> bool:
         """Whether the squeezed model is the dense one."""
         packed = any(row.keys or row.values for row in self.kv_cache)
-        sparse = self.activations or any(row.policy for row in self.prefill)
+        sparse = self.activations or any(row.acts for row in self.prefill)
         return not (self.weights or packed or sparse)
 
     def table(self) -> str:
@@ -223,7 +212,7 @@ def make_plan(
     allocation = bound_of(recipe, info, kv_cache, implementation)
     if allocation is not None:
         kv_cache = uniform_rows(recipe, kv_cache, allocation)[0]
-    prefill = tuple(_prefill(recipe, info, implementation))
+    prefill = tuple(prefill_rows(recipe, info, implementation, device))
     for rows, what in ((kv_cache, "KV cache"), (prefill, "prefill")):
         reasons = sorted({row.reason for row in rows if row.reason})
         for reason in reasons:
@@ -236,9 +225,7 @@ def make_plan(
             f"KV cache of layers {layers_} stays dense: linear attention keeps its own cache"
         )
     notes += plan_guard.notes(recipe.kv_cache, info) if kv_cache else []
-    if recipe.attention and recipe.attention.mean_density is not None:
-        bound = recipe.attention.mean_density
-        notes.append(f"prefill: calibration gives heads budgets under a mean density of {bound}")
+    notes += prefill_notes(recipe)
     if weights:
         done = {row.module for row in weights}
         left = [name for name in info.linears if name not in done]
@@ -444,36 +431,6 @@ def with_cache(plan: Plan, rows: Sequence[KVPlan], **changes: Any) -> Plan:
     )
 
 
-def _prefill(recipe: Recipe, info: ModelInfo, implementation: str) -> Iterable[PrefillPlan]:
-    method: Method | None = recipe.attention.prefill if recipe.attention else None
-    if method is None:
-        return
-    section = f"{recipe.origin}: attention.prefill"
-    require_packable(info, section)
-    if info.model_type in SINK_LOGITS:
-        raise UnsupportedError(
-            section,
-            f"a {info.model_type!r} model cannot take it: its attention has learned sink "
-            "logits, which the sparse kernel does not add",
-            "models without sink logits",
-            "Remove attention.prefill from the recipe",
-        )
-    given = len(method.parameters.get("heads", ()))
-    for item in info.attention:
-        if given not in (0, item.query_heads):
-            raise UnsupportedError(
-                f"{section}.heads",
-                f"{given} budgets for {item.query_heads} query heads",
-                "one budget for each query head of a layer",
-                "Bound attention.mean_density instead, and calibration finds them",
-            )
-        if item.kind != "full_attention":
-            reason = f"{item.kind.replace('_', ' ')} is already local"
-            yield PrefillPlan(item.layer, item.module, None, "dense", reason)
-        else:
-            yield PrefillPlan(item.layer, item.module, method.to_dict(), implementation)
-
-
 def _statistics(recipe: Recipe, info: ModelInfo) -> tuple[str, ...]:
     names: set[str] = set()
     for rule in recipe.weights:
@@ -495,10 +452,7 @@ def _statistics(recipe: Recipe, info: ModelInfo) -> tuple[str, ...]:
             names.add(KV_LOSS)
     for sparse in recipe.activations:
         names |= set(sparse.method.build().statistics)
-    if recipe.attention and recipe.attention.prefill:
-        names |= set(recipe.attention.prefill.build().statistics)
-        names |= {PREFILL_CURVES} if recipe.attention.mean_density is not None else set()
-    return tuple(sorted(names))
+    return tuple(sorted(names | prefill_statistics(recipe)))
 
 
 def _effective_bits(weights: Sequence[WeightPlan], kv_cache: Sequence[KVPlan]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from squeeze.plan import Plan
     from squeeze.plan_cache import KVPlan
+    from squeeze.plan_prefill import PrefillPlan
 
 
 def fold(names: Iterable[str]) -> list[str]:
@@ -45,6 +46,24 @@ def _sides(row: KVPlan) -> str:
     return f"keys {_spell(row.keys)}; values {_spell(row.values)}"
 
 
+def _reads(row: PrefillPlan) -> str:
+    """Spell out what one layer reads of a prompt, and how precisely."""
+    text = _spell(_without_heads(row.policy)) if row.policy else "everything"
+    least = f" from {row.quantize_min_length} tokens"
+    return f"{text}, in {row.quantize}{least}" if row.quantize else text
+
+
+def _cosines(plan: Plan) -> Iterable[str]:
+    """Say what every layer's worst head keeps in eight bits, once calibration has measured it."""
+    found = [
+        f"{row.layer} {row.cosine:.5f}" + ("" if row.quantize else " (not taken)")
+        for row in plan.prefill
+        if row.cosine is not None
+    ]
+    if found:
+        yield f"prefill in eight bits, least cosine of a head by layer: {', '.join(found)}"
+
+
 def _plain(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
@@ -78,11 +97,11 @@ def lines(plan: Plan) -> Iterable[str]:
                 (re.sub(r"\.\d+\.", ".*.", kv.module) + " cache", text, kv.implementation, bits), []
             ).append((0, 0))
     for item in plan.prefill:
-        if item.policy:
+        if item.acts:
             groups.setdefault(
                 (
                     re.sub(r"\.\d+\.", ".*.", item.module) + " prefill",
-                    _spell(_without_heads(item.policy)),
+                    _reads(item),
                     item.implementation,
                     "",
                 ),
@@ -143,6 +162,7 @@ def lines(plan: Plan) -> Iterable[str]:
             f"calibration chooses the methods of {len(weights.groups)} groups of modules, here "
             "they have the widest uniform choice"
         )
+    yield from _cosines(plan)
     yield from _steps(plan)
     yield from (f"note: {note}" for note in plan.notes)
 

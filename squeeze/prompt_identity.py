@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from squeeze.attention import LayerState
 from squeeze.cache import PackedCache, PackedLayer, Side
 from squeeze.errors import CheckpointError
 
@@ -37,9 +38,9 @@ def identity(model: Any, cache: PackedCache) -> dict[str, Any]:
     """Say what a prompt's keys and values depend on, as plain data."""
     config = model.config.get_text_config(decoder=True).to_dict()
     policies = {
-        str(i): _method(state.policy)
+        str(i): found
         for i, state in model.squeeze_swap.states.items()
-        if state.policy is not None
+        if (found := _prefill(state))
     }
     layers = {
         str(i): {
@@ -63,6 +64,15 @@ def identity(model: Any, cache: PackedCache) -> dict[str, Any]:
 
 def _side(side: Side) -> list[dict[str, Any]]:
     return [_method(x) for x in (*(transform for transform, _ in side.transforms), side.format)]
+
+
+def _prefill(state: LayerState) -> dict[str, Any]:
+    """Say what one layer does while a prompt is processed, empty where it is the model's own."""
+    found = {} if state.policy is None else _method(state.policy)
+    if state.quantize is not None:
+        least = state.quantize_min_length
+        found |= {"quantize": state.quantize, "quantize_min_length": least}
+    return found
 
 
 def _method(method: Any) -> dict[str, Any]:

@@ -36,6 +36,14 @@ FLAGS = {
     "offload": "It keeps packed blocks in CPU memory",
     "guard_biases": "It gives layers with a huge key bias finer formats",
 }
+# What the attention section holds besides its method.
+ATTENTION: dict[str, Any] = {
+    "mean_density": Annotated[float, annotated_types.Gt(0), annotated_types.Le(1)],
+    "length": Annotated[int, annotated_types.Ge(1024)],
+    "quantize": Literal["int8", "float8"],
+    "quantize_min_length": Annotated[int, annotated_types.Ge(1)],
+    "min_cosine": Annotated[float, annotated_types.Ge(0), annotated_types.Le(1)],
+}
 CHOICES = {
     "queries": (("float8",), "It rounds the queries that read packed keys"),
     "salience": (
@@ -399,24 +407,31 @@ class Parser:
     def attention(self, raw: Any) -> Attention:
         """Check the attention section."""
         raw = self.mapping(raw, "attention", list(Attention.model_fields))
-        if not raw.get("prefill"):
-            return Attention()
-        prefill = self.mapping(raw["prefill"], "attention.prefill")
-        method = self.method(prefill, "prefill", "attention.prefill", ())
-        bound, length = raw.get("mean_density"), raw.get("length", Attention().length)
-        share = Annotated[float, annotated_types.Gt(0), annotated_types.Le(1)] | None
-        self.value(bound, share, "attention.mean_density", "")
-        tokens = Annotated[int, annotated_types.Ge(1024)]
-        self.value(length, tokens, "attention.length", "")
-        if bound is not None and not hasattr(registry.get("prefill", method.name), "ladder"):
+        method: Method | None = None
+        if raw.get("prefill"):
+            prefill = self.mapping(raw["prefill"], "attention.prefill")
+            method = self.method(prefill, "prefill", "attention.prefill", ())
+        given = {key: raw[key] for key in ATTENTION if raw.get(key) is not None}
+        for key, value in given.items():
+            self.value(value, ATTENTION[key], f"attention.{key}", "")
+        budgets = method is not None and hasattr(registry.get("prefill", method.name), "ladder")
+        if "mean_density" in given and not budgets:
             named = (name for name in registry.names("prefill"))
             raise self.error(
                 "attention.mean_density",
-                f"{method.name!r} has no budget per head",
+                f"{method.name!r} has no budget per head" if method else "bounds no prefill method",
                 ", ".join(n for n in named if hasattr(registry.get("prefill", n), "ladder")),
-                "Remove it, or choose another method",
+                "Remove it, or choose another method" if method else "Add attention.prefill",
             )
-        return Attention(prefill=method, mean_density=bound, length=length)
+        for key in ("quantize_min_length", "min_cosine"):
+            if key in given and "quantize" not in given:
+                raise self.error(
+                    f"attention.{key}",
+                    "is given without attention.quantize",
+                    "both or neither",
+                    "Add e.g. quantize: int8",
+                )
+        return Attention(prefill=method, **given)
 
     def method(
         self, raw: dict[str, Any], kind: str, path: str, siblings: tuple[str, ...]

@@ -126,6 +126,9 @@ def schema() -> dict[str, Any]:
                     "prefill": method("prefill", {}),
                     "mean_density": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
                     "length": {"type": "integer", "minimum": 1024, "default": 8192},
+                    "quantize": {"enum": ["int8", "float8", None]},
+                    "quantize_min_length": {"type": "integer", "minimum": 1, "default": 16384},
+                    "min_cosine": {"type": "number", "minimum": 0, "maximum": 1, "default": 0.999},
                 },
             },
             "activations": {

@@ -160,15 +160,36 @@ class KVCache(Section):
 
 
 class Attention(Section):
-    """Sparse attention policies.
+    """Attention while a prompt is processed: what is read of it, and how precisely.
 
     With ``mean_density`` calibration gives each head of the prefill policy a budget, so that their
     mean density on calibration text of ``length`` tokens stays below it.
+
+    With ``quantize`` prompts of at least ``quantize_min_length`` tokens are multiplied in eight
+    bits, those keys that the policy lists or all of them, in the layers of which every head's
+    output keeps a cosine of ``min_cosine`` on such text.
     """
 
     prefill: Method | None = None
     mean_density: float | None = None
     length: int = 8192
+    quantize: Literal["int8", "float8"] | None = None
+    quantize_min_length: int = 16384
+    min_cosine: float = 0.999
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that the recipe file would hold."""
+        result: dict[str, Any] = {}
+        if self.prefill is not None:
+            result["prefill"] = self.prefill.to_dict()
+        if self.mean_density is not None:
+            result["mean_density"] = self.mean_density
+        if self.quantize is not None:
+            names = ("quantize", "quantize_min_length", "min_cosine")
+            result |= {name: getattr(self, name) for name in names}
+        if self.mean_density is not None or self.quantize is not None:
+            result["length"] = self.length
+        return result
 
 
 class Calibration(Section):
@@ -237,11 +258,8 @@ class Recipe(Section):
             if kv.mean_bits is not None and kv.candidates is not None:
                 bound = {"mean_bits": kv.mean_bits, "candidates": kv.candidates.to_dict()}
                 result["kv_cache"] |= bound
-        if self.attention and self.attention.prefill:
-            result["attention"] = {"prefill": self.attention.prefill.to_dict()}
-            if self.attention.mean_density is not None:
-                bound = {"mean_density": self.attention.mean_density}
-                result["attention"] |= bound | {"length": self.attention.length}
+        if self.attention and self.attention.to_dict():
+            result["attention"] = self.attention.to_dict()
         if self.activations:
             result["activations"] = [rule.to_dict() for rule in self.activations]
         if self.implementation != "auto":

@@ -250,7 +250,7 @@ def attach_attention(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> No
     """Attach layer states, the attention function and the cache hook that the plan asks for."""
     model = done.model
     kv = {row.layer: row for row in plan.kv_cache if row.keys is not None}
-    prefill = {row.layer: row for row in plan.prefill if row.policy is not None}
+    prefill = {row.layer: row for row in plan.prefill if row.acts}
     if not kv and not prefill:
         return
     text = model.config.get_text_config(decoder=True)
@@ -281,6 +281,8 @@ def attach_attention(done: Swap, plan: Plan, tables: Mapping[str, Tensor]) -> No
                 for n, t in tables.items()
                 if n.startswith(prefix)
             },
+            policy.quantize if policy else None,
+            policy.quantize_min_length if policy else 0,
         )
         split_state(model, module, state)
         model.get_submodule(module).squeeze = state

@@ -21,7 +21,7 @@ from squeeze.evaluation.head_budgets import (
     quoting_samples,
 )
 from squeeze.loading import load_tokenizer
-from squeeze.plan import PREFILL_CURVES
+from squeeze.plan_prefill import PREFILL_CURVES
 from squeeze.sparsify.prefill.antidiagonal import Antidiagonal
 from tests import tiny
 

@@ -41,6 +41,7 @@ STRATA = (
         "plan_scaling",
         "plan_weights",
         "plan_mixer",
+        "plan_prefill",
         "plan_activations",
         "plan",
     ),

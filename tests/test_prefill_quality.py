@@ -28,6 +28,28 @@ def test_every_policy_has_a_row_of_its_name():
     assert not {"kv4", "quickstart"} & set(found)
 
 
+def test_eight_bits_have_a_row_and_show_their_cosine(pico):
+    row = command.discover()["sage"]
+    assert row.settings["attention"]["quantize_min_length"] == command.MIN_LENGTH
+    changed = ["attention.quantize_min_length=128", "attention.min_cosine=0.99"]
+    row = command.choose("sage", [*changed, "attention.length=1024"])[0]
+    settings = Settings(pico, "cpu", None, windows=1, facts=1)
+    cell = measure(row, 512, settings, 1)
+    assert cell["density"] == [[1.0] * 2] * 2
+    assert "recall" not in cell
+    assert all(0.99 < value < 1 for heads in cell["cosine"] for value in heads)
+    result = results.empty({**results.conditions(settings), "mode": "prefill"})
+    results.put(result, row, 512, cell)
+    results.put(result, command.discover()["dense"], 512, measure_dense(pico))
+    least = min(value for heads in cell["cosine"] for value in heads)
+    assert f"| {least:.4f} |" in page.table(result).splitlines()[3]
+
+
+def measure_dense(pico):
+    settings = Settings(pico, "cpu", None, windows=1, facts=1)
+    return measure(command.discover()["dense"], 512, settings, 1)
+
+
 def test_rows_are_chosen_and_changed():
     rows = command.choose("dense,antidiagonal", ["attention.mean_density=0.2"])
     assert [row.name for row in rows] == ["dense", "antidiagonal attention.mean_density=0.2"]

@@ -56,14 +56,18 @@ def main() -> int:
 
 
 def discover() -> dict[str, Row]:
-    """Return every row by name, dense first; recipes are those with only a prefill policy."""
+    """Return every row by name, dense first; recipes are those that change only prefill."""
     rows = [Row("dense", DENSE, {})]
     for name in recipe.shipped():
         made = recipe.load(name)
-        if made.attention and made.attention.prefill and not (made.weights or made.kv_cache):
-            # Policies act at every length of the table, where dense attention is faster too.
-            made = recipe.load(name, [f"attention.prefill.min_length={MIN_LENGTH}"])
-            rows.append(Row(name, RECIPE, made.to_dict()))
+        if made.attention and not (made.weights or made.kv_cache):
+            # They act at every length of the table, where dense attention is faster too.
+            least = []
+            if made.attention.prefill is not None:
+                least.append(f"attention.prefill.min_length={MIN_LENGTH}")
+            if made.attention.quantize is not None:
+                least.append(f"attention.quantize_min_length={MIN_LENGTH}")
+            rows.append(Row(name, RECIPE, recipe.load(name, least).to_dict()))
     return {row.name: row for row in rows}
 
 

@@ -15,12 +15,15 @@ from benchmarks.kv_cache_quality.rows import RECIPE, Row
 from squeeze import api, recipe, reference
 from squeeze.environment import commit
 from squeeze.evaluation import evaluate
+from squeeze.evaluation.eight_bits import measure_cosines
 from squeeze.evaluation.head_budgets import Watcher, watching
 from squeeze.evaluation.scoring import encode, forward, scoring, start_tokens
 from squeeze.evaluation.suite import prefill_density
 from squeeze.kernels.block_sparse_attention.api import block_sparse_attention
 from squeeze.loading import load_model, load_tokenizer
-from squeeze.plan import PrefillPlan, resolve_device
+from squeeze.plan import resolve_device
+from squeeze.plan_prefill import PREFILL_COSINES, PrefillPlan
+from squeeze.recipe_values import Attention
 from squeeze.sparsify.index import density
 from squeeze.types import Implementation
 
@@ -33,15 +36,17 @@ def measure(row: Row, length: int, settings: Settings, threads: int) -> dict[str
     """Measure one row at one length.
 
     Args:
-        row: Dense, or a recipe with a prefill policy.
+        row: Dense, or a recipe with a prefill policy or eight bits.
         length: Tokens of a window and of a prompt.
         settings: The model and the counts.
         threads: Of the CPU that this process may use.
 
     Returns:
         ``books_perplexity`` and ``needle`` in prefill mode and ``needle_decode``, the ``KEPT`` part
-        of what ``evaluate`` gives; ``density``, by layer and head, of one window; ``recall`` of the
-        attention of its last quarter, likewise; ``commit``, ``versions`` and ``seconds``.
+        of what ``evaluate`` gives; ``density``, by layer and head, of one window; by a policy
+        ``recall`` of the attention of its last quarter, likewise; in eight bits ``cosine`` of the
+        outputs there, likewise, layers in the model's own precision left out; ``commit``,
+        ``versions`` and ``seconds``.
     """
     torch.set_num_threads(threads)
     disable_progress_bar()
@@ -69,14 +74,17 @@ def measure(row: Row, length: int, settings: Settings, threads: int) -> dict[str
         cell[name] = {key: found[key] for key in KEPT if key in found}
     wanted = recipe.load({"evaluate": {"lengths": [length]}})
     cell["density"] = _rounded(prefill_density(model, tokenizer, wanted))
-    if plan:
+    if any(item.policy is not None for item in plan):
         cell["recall"] = _rounded(_recall(_dense(settings), plan, _window(tokenizer, length)))
+    if any(item.quantize is not None for item in plan):
+        found = measure_cosines(_dense(settings), plan, [_window(tokenizer, length)])
+        cell["cosine"] = [x.tolist() for x in found.tensors[PREFILL_COSINES].values()]
     seconds = round(time.monotonic() - start, 1)
     return cell | {"commit": commit(), "versions": {}, "seconds": seconds}
 
 
 def speed(row: Row, length: int) -> dict[str, float]:
-    """Time a policy's index and the kernel over it, on random normal queries and keys, on a GPU.
+    """Time a recipe's index and the kernel over it, on random normal queries and keys, on a GPU.
 
     Returns:
         ``index_ms`` and ``kernel_ms``, medians; ``density`` of that index; ``index_mib``, the most
@@ -92,9 +100,8 @@ def speed(row: Row, length: int) -> dict[str, float]:
     scaling = HEAD_DIM**-0.5
     index: Any = None
     result: dict[str, float] = {}
-    if row.kind == RECIPE:
-        made = recipe.load(dict(row.settings)).attention
-        assert made is not None and made.prefill is not None
+    made = recipe.load(dict(row.settings)).attention or Attention()
+    if made.prefill is not None:
         policy = made.prefill.build()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -107,7 +114,13 @@ def speed(row: Row, length: int) -> dict[str, float]:
 
     def attend() -> Tensor:
         return block_sparse_attention(
-            query, keys, values, index, scaling=scaling, implementation=Implementation.TRITON
+            query,
+            keys,
+            values,
+            index,
+            scaling=scaling,
+            quantize=made.quantize,
+            implementation=Implementation.TRITON,
         )[0]
 
     attend()

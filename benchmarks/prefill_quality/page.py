@@ -38,8 +38,8 @@ def table(result: Result) -> str:
     lengths = sorted({int(n) for row in result["rows"].values() for n in row["cells"]})
     heads = ["prefill"]
     for length in lengths:
-        heads += [f"density, {length}", "recall, median and least", "perplexity"]
-        heads += ["needle, prefill", "needle, decode"]
+        heads += [f"density, {length}", "recall, median and least", "cosine, least"]
+        heads += ["perplexity", "needle, prefill", "needle, decode"]
     timed = sorted({int(n) for row in result["rows"].values() for n in row.get("speed", {})})
     for length in timed:
         heads += [f"index, ms at {length}", "kernel, ms", "its density", "index, MiB"]
@@ -75,17 +75,19 @@ def mean(rows: list[list[float]]) -> float:
 
 
 def _quality(result: Result, name: str, length: int) -> list[str]:
-    """Return density, recall, perplexity and both needles of one cell."""
+    """Return density, recall, cosine, perplexity and both needles of one cell."""
     row: Any = result["rows"][name]
     cell = row["cells"].get(str(length))
     if cell is None or "error" in cell:
-        return [MISSING] * 5
+        return [MISSING] * 6
     recall = sorted(value for heads in cell.get("recall", []) for value in heads)
+    cosines = [value for heads in cell.get("cosine", []) for value in heads]
     found = None if row["kind"] == DENSE else rise(result, name, length)
     perplexity = f"{cell['books_perplexity']['value']:.3f}"
     return [
         f"{mean(cell['density']):.3f}",
         f"{statistics.median(recall):.3f}, {recall[0]:.3f}" if recall else MISSING,
+        f"{min(cosines):.4f}" if cosines else MISSING,
         perplexity if found is None else f"{found[0]:+.2f} ± {found[1]:.2f}%",
         f"{cell['needle']['value']:.2f}",
         f"{cell['needle_decode']['value']:.2f}",

@@ -29,9 +29,10 @@ from squeeze.evaluation.scoring import (
     start_tokens,
 )
 from squeeze.kernels.block_sparse_attention.api import block_sparse_attention
-from squeeze.plan import PREFILL_CURVES, Plan
+from squeeze.plan import Plan
+from squeeze.plan_prefill import PREFILL_CURVES
 from squeeze.sparsify.index import density
-from squeeze.types import Implementation
+from squeeze.types import BlockIndex, Implementation
 
 SAMPLES = 2
 # Of each sample, whose queries are compared; every second of these tokens is quoted.
@@ -145,9 +146,13 @@ def measure_curves(
 class Watcher:
     """One attention layer: its policy at every budget, and the sums of what they did."""
 
-    def __init__(self, model: Any, name: str, policy: dict[str, Any], implementation: str) -> None:
-        parameters = {key: value for key, value in policy.items() if key != "method"}
-        self.policy: Any = registry.get("prefill", policy["method"])(**parameters)
+    def __init__(
+        self, model: Any, name: str, policy: dict[str, Any] | None, implementation: str
+    ) -> None:
+        self.policy: Any = None
+        if policy is not None:
+            parameters = {key: value for key, value in policy.items() if key != "method"}
+            self.policy = registry.get("prefill", policy["method"])(**parameters)
         self.implementation = Implementation(implementation)
         self.module: nn.Module = model.get_submodule(name)
         self.layer: nn.Module = model.get_submodule(name.rpartition(".")[0])
@@ -158,6 +163,14 @@ class Watcher:
         """Forward pre-hook of the decoder layer: note how large its input is."""
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         self.stream = hidden[0].float().square().sum(-1)
+
+    def index(
+        self, query: Tensor, keys: Tensor, scaling: float, softcap: float | None
+    ) -> BlockIndex:
+        """Return what the policy lists for one text."""
+        asks = getattr(self.policy, "asks_implementation", False)
+        extra = {"implementation": self.implementation} if asks else {}
+        return self.policy.index(query, keys, None, scaling, softcap, **extra)  # type: ignore[no-any-return]
 
     def measure(
         self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, softcap: float | None
