@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squeeze.kernels.lut_linear import few_rows, whole_rows, wide_rows
+from squeeze.kernels.lut_linear import few_rows, many_rows, whole_rows, wide_rows
 from squeeze.types import ClusteredWeight
 
 VECTOR_ROWS = 4  # up to here every row of x costs one multiply-add per weight
@@ -278,9 +278,10 @@ def _dense_kernel(
 def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tensor:
     """Compute ``x @ W.T + bias`` by the kernel that suits the number of rows of ``x``.
 
-    Few rows that fit: ``few_rows``, some more: ``wide_rows``. Otherwise up to 4: multiply-add in
-    float32; up to 256: matrix product on tiles decoded in registers. Above: this layer's weight is
-    decoded to a scratch in the dtype of ``x``, the library multiplies, and the scratch is freed.
+    Few rows that fit: ``few_rows``, some more: ``wide_rows``, many: ``many_rows``. Otherwise up to
+    4: multiply-add in float32; up to 256: matrix product on tiles decoded in registers. Above: this
+    layer's weight is decoded to a scratch in the dtype of ``x``, the library multiplies, and the
+    scratch is freed.
     """
     out_features, in_features = weight.shape
     flat = x.reshape(-1, in_features)
@@ -291,6 +292,8 @@ def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tenso
         y = wide_rows.lut_linear(flat, weight, bias)
     elif few_rows.fits(flat, weight):
         y = few_rows.lut_linear(flat, weight, bias)
+    elif many_rows.fits(flat, weight):
+        y = many_rows.lut_linear(flat, weight, bias)
     elif len(flat) <= VECTOR_ROWS:
         y = _vector(flat, weight, bias)
     elif len(flat) <= DENSE_ROWS:

@@ -10,9 +10,8 @@ from squeeze.kernels.lut_linear.few_rows import CAPABILITY
 from squeeze.types import ClusteredWeight
 
 WARPS = 4  # of a program
-# Widths of an index and entries that were seen to be decoded right, to bfloat16 and by a codebook
-# per row; the rest keeps to the other kernel until it was.
-FORMS = ((3, torch.int8), (4, torch.int8), (4, torch.float16))
+BITS = (2, 3, 4)  # of an index
+FORMS = (torch.int8, torch.float16)  # of entries
 
 
 def fits(dense: Tensor, weight: ClusteredWeight) -> bool:
@@ -20,9 +19,9 @@ def fits(dense: Tensor, weight: ClusteredWeight) -> bool:
     columns = weight.indices.shape[1] // weight.bits * 32
     return (
         dense.is_cuda
-        and dense.dtype == torch.bfloat16
-        and (weight.bits, weight.codebook.dtype) in FORMS
-        and weight.rows == 1
+        and dense.dtype in (torch.bfloat16, torch.float16)
+        and weight.bits in BITS
+        and weight.codebook.dtype in FORMS
         and weight.codebook.shape[1] == 1
         and columns == weight.shape[1]
         and columns % 256 == 0
