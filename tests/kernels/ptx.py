@@ -85,6 +85,11 @@ OPERATIONS = {
     "abs.f32": lambda a: a & 0x7FFFFFFF,
     "max.NaN.f32": largest,
     "cvt.f32.f16": lambda a: as_bits(struct.unpack("<e", struct.pack("<H", a))[0]),
+    "cvt.u16.u32": lambda a: a & 65535,
+    "max.u32": max,
+    "max.u16x2": lambda a, b: max(a & 65535, b & 65535) | max(a >> 16, b >> 16) << 16,
+    "setp.ne.b32": lambda a, b: a != b,
+    "selp.b32": lambda a, b, c: a if c else b,
     "redux.sync.max.u32": lambda a, lanes: a,
     "redux.sync.add.s32": lambda a, lanes: a,
 }

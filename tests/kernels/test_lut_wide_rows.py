@@ -9,14 +9,15 @@ import torch
 
 pytest.importorskip("triton")
 from launched import absent, asked_about
-from ptx import as_bits, bytes_of, run
+from ptx import as_bits, as_float, bytes_of, run, signed
 
 from squeeze.kernels.bits import pack
 from squeeze.kernels.lut_linear import (
     gluon_assembly,
     gluon_dense,
-    gluon_layout,
     gluon_wide_assembly,
+    gluon_wide_inputs,
+    gluon_wide_layout,
     whole_rows,
     wide_rows,
 )
@@ -40,41 +41,113 @@ def test_a_division_covers_the_weight(shape, rows):
         steps, tiles = -(-shape[1] // 512), -(-shape[0] // 64)
         assert found.slices * found.steps >= steps > (found.slices - 1) * found.steps
         assert found.programs * found.own >= tiles >= found.programs
-        groups, left = divmod(wide_rows.WARPS // 4, found.across)
+        groups, left = divmod(found.warps // 4, found.across)
         assert left == 0
         assert found.own % groups == 0
         assert max(rows, 8) <= found.x_rows < 2 * max(rows, 5)
         # The allocation is rounded up to 256 bytes and holds 256 more.
         assert found.shared_bytes(bits, pieces) + 512 <= 227 * 1024
-        assert found.registers(pieces) * wide_rows.WARPS * 32 <= 65536
+        assert found.registers * found.warps * 32 <= 65536
+        assert bits <= found.depth <= 2 * bits
 
 
 @pytest.mark.parametrize("shape", LAYERS)
 def test_a_common_layer_takes_one_wave(shape):
     for rows, (pieces, bits) in itertools.product((8, 16, 32, 64), FORMS):
         found = division(rows, shape, pieces, bits)
-        assert 64 < found.programs * found.slices <= 132
+        assert 64 <= found.programs * found.slices <= 132
         assert found.halves == (2 if bits == 4 and rows * pieces <= 16 else 1)
 
 
-@pytest.mark.parametrize("rows", [16, 32])
-def test_the_division_measured_as_best_is_chosen(rows):
-    found = division(rows, (14336, 4096), 1, 4)
-    assert (found.slices, found.own, found.across) == (4, 7, 2)
+def test_a_slice_that_fits_needs_no_adding_up():
+    found = division(16, (14336, 4096), 1, 4)
+    assert (found.slices, found.programs, found.own) == (1, 132, 2)
+    # Where the channels are too many for shared memory there is no choice.
+    assert division(16, (4096, 14336), 1, 4).slices > 1
+
+
+@pytest.mark.parametrize("shape", LAYERS)
+def test_enough_indices_are_on_their_way(shape):
+    for rows, (pieces, bits) in itertools.product((8, 16), FORMS):
+        found = division(rows, shape, pieces, bits)
+        assert found.warps * found.depth >= 16 * bits
 
 
 @pytest.mark.parametrize("columns", [16, 32, 64, 128])
 def test_stores_of_x_reach_every_bank_once(columns):
     lane = torch.arange(32)
-    place = lane // 8 * gluon_layout.wide_group_bytes(columns)
-    place += lane % 2 * 2 * gluon_layout.wide_word_bytes(columns) + lane // 2 % 4 * 4
+    place = lane // 4 % 4 * gluon_wide_layout.group_bytes(columns) + lane % 4 * 4
+    place += lane // 16 * 2 * 32  # a warp's rows are two apart
     assert sorted((place // 4 % 32).tolist()) == list(range(32))
-    pieces = [gluon_layout.wide_piece_at(i, columns) for i in range(8)]
-    taken = (place[:, None] + torch.tensor(pieces)).flatten().tolist()
-    assert len(set(taken)) == 256
-    assert gluon_layout.wide_column_bytes(columns) % 16 == 0
-    assert gluon_layout.wide_word_bytes(columns) % 16 == 0
-    assert gluon_layout.wide_group_bytes(columns) % 16 == 0
+    pairs = [(i // 2 * 4 + i % 2) * 32 for i in range(columns // 4)]
+    starts = place[:, None, None] + torch.tensor(pairs)[:, None]
+    taken = starts + torch.tensor([gluon_wide_layout.piece_at(i, columns) for i in range(16)])
+    step = 4 * gluon_wide_layout.group_bytes(columns)
+    assert len(set(taken.flatten().tolist())) == 32 * columns // 4 * 16
+    assert int(taken.max()) + 4 <= step
+    assert step % 16 == gluon_wide_layout.column_bytes(columns) % 16 == 0
+    assert gluon_wide_layout.word_bytes(columns) % 16 == 0
+
+
+@pytest.mark.parametrize("own", [1, 2, 6])
+@pytest.mark.parametrize("across", [1, 2, 4])
+def test_nothing_in_shared_memory_overlaps_but_totals_and_x(own, across):
+    warps, bits, depth, steps, columns, pieces = 16, 4, 5, 3, 32, 2
+    sizes = (warps, bits, depth, steps, columns, own, pieces)
+    ring = gluon_wide_layout.ring_bytes(warps, depth)
+    factors = gluon_wide_layout.factors_at(warps, depth, steps, columns)
+    assert factors == ring + steps * 4 * gluon_wide_layout.group_bytes(columns)
+    tables = gluon_wide_layout.tables_at(warps, depth, steps, columns)
+    facts = gluon_wide_layout.facts_at(*sizes)
+    assert tables == factors + steps * columns // 2 * 8
+    assert facts == tables + own * 64 * pieces * 16
+    assert all(place % 16 == 0 for place in (factors, tables, facts))
+    totals = gluon_wide_layout.totals_at(*sizes, across)
+    size = own * across * columns * 128 * (across > 1)
+    end = gluon_wide_layout.shared_bytes(*sizes, across)
+    once = own == warps // 4 // across
+    assert gluon_wide_layout.reused(warps, steps, columns, own, across) == once
+    assert totals == (ring if once else facts + own * 64 * 8)
+    assert end == facts + own * 64 * 8 + (0 if once else size)
+    assert not once or totals + size <= factors
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_x_becomes_words_of_bytes(dtype, side):
+    x = (torch.randn(8, 4) * torch.logspace(-3, 0, 4)).to(dtype)
+    half = dtype == torch.float16
+    words = (x.view(torch.int32).long() & 0xFFFFFFFF).flatten().tolist()
+    (peak,) = run(gluon_wide_inputs.largest(half), 1, [*words, side])
+    assert as_float(peak) == x.abs().max()
+    inverse = as_bits(32512 / as_float(peak))
+    *found, total = run(gluon_wide_inputs.split(half), 17, [*words, side, inverse])
+    # By channel, half of the values, high or low byte: four values.
+    high, low = torch.tensor([bytes_of(each) for each in found]).view(4, 2, 2, 4).double().unbind(2)
+    whole = (high * 256 + low).flatten(1).T
+    assert signed(total) == whole.sum()
+    scale = x.abs().max().double() / 32512
+    assert ((whole * scale - x.double()).abs() <= 0.501 * scale).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_largest_of_a_pair_of_rows_is_not_finite_if_one_is_not(bad, dtype):
+    x = torch.randn(32).to(dtype)
+    x[19] = bad
+    words = (x.view(torch.int32).long() & 0xFFFFFFFF).tolist()
+    (peak,) = run(gluon_wide_inputs.largest(dtype == torch.float16), 1, [*words, 1])
+    torch.testing.assert_close(as_float(peak), abs(bad), equal_nan=True)
+
+
+def test_channels_are_read_by_fours_where_they_lie_so():
+    x = torch.zeros(3, 64, dtype=torch.bfloat16)
+    assert wide_rows._aligned(x)
+    assert wide_rows._aligned(torch.zeros(3, 128, dtype=torch.bfloat16)[:, 4:68])
+    assert not wide_rows._aligned(torch.zeros(3, 66, dtype=torch.bfloat16)[:, :64])
+    assert not wide_rows._aligned(torch.zeros(3, 128, dtype=torch.bfloat16)[:, 2:66])
+    assert not wide_rows._aligned(x[:, :62])
+    assert wide_rows._aligned(torch.zeros(1, 66, dtype=torch.bfloat16)[:, :64])
 
 
 def packed(bits=4, shape=(48, 256), columns=None):
@@ -92,12 +165,10 @@ def test_what_is_decoded_by_rows():
     with asked_about(80):
         assert not whole_rows.fits(dense, packed())
     with asked_about(90):
-        for bits in (3, 4):
+        for bits in (2, 3, 4):
             assert whole_rows.fits(dense, packed(bits))
+        assert whole_rows.fits(dense.half(), replace(packed(), rows=8))
         assert not whole_rows.fits(dense.float(), packed())
-        assert not whole_rows.fits(dense.half(), packed())
-        assert not whole_rows.fits(dense, replace(packed(), rows=8))
-        assert not whole_rows.fits(dense, packed(2))
         assert not whole_rows.fits(dense, packed(5))
         assert not whole_rows.fits(dense, packed(columns=64))
         assert not whole_rows.fits(dense, packed(shape=(48, 128)))

@@ -314,7 +314,7 @@ def multiply(
     gdc_wait()
     split_x(
         x, base + PIECES_AT, base + FACTORS_AT, thread, first_step, x_count, x_stride, in_features,
-        u, STEPS, X, WARPS, EACH, ALIGNED, FULL, 0,
+        u, STEPS, X, WARPS, EACH, ALIGNED, FULL,
     )  # fmt: skip
     say(BARRIER, base)
     part_y = y + gl.program_id(1).to(gl.int64) * x_count * out_features

@@ -25,11 +25,6 @@ from squeeze.kernels.lut_linear.gluon_assembly import (
     split,
     table_words,
 )
-from squeeze.kernels.lut_linear.gluon_layout import (
-    wide_group_bytes,
-    wide_piece_at,
-    wide_word_bytes,
-)
 
 SMALLEST = gl.constexpr(2.0**-100)  # a block whose largest number is below this counts as zeros
 
@@ -89,12 +84,9 @@ def part(values, START: gl.constexpr, COUNT: gl.constexpr):
 def split_x(
     x, base, factors, thread, first_step, x_count, x_stride, in_features, u: gl.constexpr,
     STEPS: gl.constexpr, X: gl.constexpr, WARPS: gl.constexpr, EACH: gl.constexpr,
-    ALIGNED: gl.constexpr, FULL: gl.constexpr, WIDE: gl.constexpr,
+    ALIGNED: gl.constexpr, FULL: gl.constexpr,
 ):  # fmt: skip
-    """Write the slice's x as bytes and factors to shared memory; a warp takes 512 numbers.
-
-    WIDE: the columns of operands that warpgroups read, 0 for those that warps read.
-    """
+    """Write the slice's x as bytes and factors to shared memory; a warp takes 512 numbers."""
     HALF: gl.constexpr = x.dtype.element_ty == gl.float16
     lane = thread % 32
     c = lane // 8
@@ -141,17 +133,10 @@ def split_x(
                 is_pure=False, pack=1,
             )  # fmt: skip
             keep = (which < STEPS * X).to(gl.int32)
-            if WIDE > 0:
-                place = base + (which // X * 4 + c) * wide_group_bytes(WIDE)
-                place += lane % 2 * (2 * wide_word_bytes(WIDE)) + lane // 2 % 4 * 4
-                place += which % X * 32
-                for i in gl.static_range(0, 8):
-                    write1(place + wide_piece_at(i, WIDE), out[i], keep)
-            else:
-                place = which // X * 8 + c * 2 + lane % 2
-                place = base + (place * (2 * X) + which % X * 2) * 64 + lane // 2 % 4 * 16
-                write4(place, out[0], out[1], out[2], out[3], keep)
-                write4(place + 64, out[4], out[5], out[6], out[7], keep)
+            place = which // X * 8 + c * 2 + lane % 2
+            place = base + (place * (2 * X) + which % X * 2) * 64 + lane // 2 % 4 * 16
+            write4(place, out[0], out[1], out[2], out[3], keep)
+            write4(place + 64, out[4], out[5], out[6], out[7], keep)
             at = factors + which * 8
             total = scale * out[8].to(gl.float32)
             write1(at, scale.to(gl.int32, bitcast=True), keep)

@@ -6,10 +6,6 @@ channels ``(4 b + c) u + 16 step + 4 t + 2 pair + q`` at ``8 q + b``, column 2 m
 and 2 m + 1 its low ones; (scale, scale times the sum of integers) of x ``[step, row]``; tables
 ``[row, piece, entry]``; (scale, bias) ``[row]``; and the totals of warps that share tiles ``[tile,
 ACROSS, value, lane]``.
-
-``gluon_wide`` has the bytes of x as a warpgroup's products read them: ``[step, c, word q, half,
-column, 16]``, byte ``4 t + b`` of a half of the channels ``(4 (4 half + b) + c) u + 16 step + 4 t +
-q``: eight columns of 16 bytes are one core matrix.
 """
 
 from __future__ import annotations
@@ -48,63 +44,6 @@ def shared_bytes(warps, tiles, bits, steps, x_rows, own_tiles, pieces, across, c
     """Bytes of shared memory."""
     start = totals_at(warps, tiles, bits, steps, x_rows, own_tiles, pieces)
     return start + (own_tiles * across * 2 * tiles * columns * 128 if across > 1 else 0)
-
-
-@gluon.constexpr_function
-def wide_column_bytes(columns):
-    """Bytes between the halves of 32 channels of an operand in shared memory, by its columns."""
-    return 16 * columns
-
-
-@gluon.constexpr_function
-def wide_word_bytes(columns):
-    """Bytes between the operands of a lane's first to fourth word; 32 keep writes apart."""
-    return 2 * wide_column_bytes(columns) + 32
-
-
-@gluon.constexpr_function
-def wide_group_bytes(columns):
-    """Bytes between the operands of the four value groups; 16 keep writes apart."""
-    return 4 * wide_word_bytes(columns) + 16
-
-
-@gluon.constexpr_function
-def wide_piece_at(i, columns):
-    """Where the i-th word that ``split`` makes of x lies behind the first."""
-    low, word, half = i // 4, i % 4 // 2, i % 2
-    return word * wide_word_bytes(columns) + half * wide_column_bytes(columns) + low * 16
-
-
-@gluon.constexpr_function
-def wide_factors_at(warps, bits, steps, columns):
-    """Where factors of x begin, behind the ring and the bytes of x."""
-    return ring_bytes(warps, 1, bits) + steps * 4 * wide_group_bytes(columns)
-
-
-@gluon.constexpr_function
-def wide_tables_at(warps, bits, steps, x_rows, columns):
-    """Where the tables begin."""
-    return wide_factors_at(warps, bits, steps, columns) + steps * x_rows * 8
-
-
-@gluon.constexpr_function
-def wide_facts_at(warps, bits, steps, x_rows, columns, own, pieces):
-    """Where scale and bias of the rows begin."""
-    start = wide_tables_at(warps, bits, steps, x_rows, columns)
-    return start + own * 64 * pieces * 2**bits
-
-
-@gluon.constexpr_function
-def wide_totals_at(warps, bits, steps, x_rows, columns, own, pieces):
-    """Where the warps' totals begin."""
-    return wide_facts_at(warps, bits, steps, x_rows, columns, own, pieces) + own * 64 * 8
-
-
-@gluon.constexpr_function
-def wide_shared_bytes(warps, bits, steps, x_rows, columns, own, pieces, across):
-    """Bytes of shared memory."""
-    start = wide_totals_at(warps, bits, steps, x_rows, columns, own, pieces)
-    return start + (own * across * columns * 128 if across > 1 else 0)
 
 
 @gluon.constexpr_function

@@ -12,10 +12,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from squeeze.kernels.lut_linear.gluon_assembly import table_words
-from squeeze.kernels.lut_linear.gluon_layout import (
-    wide_column_bytes,
-    wide_group_bytes,
-    wide_word_bytes,
+from squeeze.kernels.lut_linear.gluon_wide_layout import (
+    column_bytes,
+    group_bytes,
+    word_bytes,
 )
 
 # The tensor cores read shared memory by another way than stores take.
@@ -24,9 +24,14 @@ PUBLISH = gl.constexpr("fence.proxy.async.shared::cta; mov.b32 $0, $1;")
 
 @gluon.constexpr_function
 def describe(columns):
-    """Assembly: the low half of the descriptor of an operand at an address in shared memory."""
-    between = wide_column_bytes(columns) // 16 << 16
-    return f"{{ .reg .b32 a; shr.u32 a, $1, 4; or.b32 $0, a, {between}; }}"
+    """Assembly: the low half of the descriptor of an operand at an address in shared memory.
+
+    The first lane's goes to all lanes: only so does the compiler know that they have the same.
+    """
+    between = column_bytes(columns) // 16 << 16
+    lines = ["shr.u32 a, $1, 4;", f"or.b32 a, a, {between};"]
+    lines.append("shfl.sync.idx.b32 $0, a, 0, 31, 0xffffffff;")
+    return "{ .reg .b32 a; " + " ".join(lines) + " }"
 
 
 @gluon.constexpr_function
@@ -109,7 +114,7 @@ def multiply_plane(bits, groups, pieces, halves, columns, first):
                     own = [f"${at + i}" for i in range(each)]
                     mine = names[4 * halves * piece : 4 * halves * (piece + 1)]
                     lines += _entries(bits, halves, row, own, mine)
-            step = c * wide_group_bytes(columns) + w * wide_word_bytes(columns)
+            step = c * group_bytes(columns) + w * word_bytes(columns)
             lines += [f"add.u32 t, ${place}, {step // 16};", "mov.b64 d, {t, 8};"]
             lines.append("wgmma.fence.sync.aligned;")
             for piece in range(pieces):

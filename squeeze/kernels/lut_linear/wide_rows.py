@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
-from squeeze.kernels.lut_linear import few_rows, gluon_layout
+from squeeze.kernels.lut_linear import few_rows, gluon_wide_layout
 from squeeze.types import ClusteredWeight
 
 ROWS = range(0)  # rows of x for which this is the kernel to choose
-WARPS = 8
-TWO_BYTES = 112 * 1024  # of shared memory of a program, where two fit a multiprocessor
-ONE_BYTES = 226 * 1024  # where one does
-# Microseconds: a warpgroup's step of 512 channels, and of 4-bit weights where two programs fit a
-# multiprocessor; a block of x for each warp; adding up slices, and a million partial outputs.
-STEP, BESIDE, BLOCK, SLICES, PARTS = 1.3, 2.1, 0.4, 1.5, 2.0
+SHARED_BYTES = 226 * 1024  # of a program, which has a multiprocessor to itself
+# Microseconds: a warpgroup's step of 512 channels of 4-bit weights, 16 rows of x; turning 512
+# channels of two rows to bytes; adding up slices, and a million partial outputs.
+STEP, SPLIT, SLICES, PARTS = 0.53, 0.035, 2.5, 2.0
+COLUMNS = {8: 0.95, 16: 1.0, 32: 1.4, 64: 2.2}  # what a step takes by rows of x
+UNDER_WAY = 40  # KB of indices on their way for which memory takes no longer than its rate
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,22 @@ class Shape:
     programs: int  # of a slice
     own: int  # tiles of a program
     across: int  # warpgroups that share a tile
-    each: int  # blocks of x that a warp has under way
+    warps: int
+    depth: int  # planes of its steps that a warp has under way
+    parts: int  # in which x is turned to bytes
+    each: int  # pairs of blocks of x that a warp has under way
     halves: int  # of the entries: 2 looks them up by addition, 1 by choice
 
     def shared_bytes(self, bits: int, pieces: int) -> int:
         """Bytes of shared memory of a program."""
-        return gluon_layout.wide_shared_bytes(
-            WARPS, bits, self.steps, self.x_rows, 2 * self.x_rows, self.own, pieces, self.across
+        return gluon_wide_layout.shared_bytes(
+            self.warps, bits, self.depth, self.steps, 2 * self.x_rows, self.own, pieces, self.across
         )
 
-    def registers(self, pieces: int) -> int:
+    @property
+    def registers(self) -> int:
         """Of a thread, at most."""
-        return 128 if self.x_rows * pieces <= 32 else 255
+        return min(255, 2048 // self.warps)
 
 
 def fits(x: Tensor, weight: ClusteredWeight) -> bool:
@@ -72,15 +76,20 @@ def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tenso
         x, weight.indices, weight.codebook, weight.scale, bias, parts,
         count, x.stride(0), in_features, out_features,
         u=u, STEPS=shape.steps, X=shape.x_rows, OWN=shape.own, ACROSS=shape.across,
-        EACH=shape.each, WARPS=WARPS, PIECES=pieces, SHARED=weight.rows, BITS=weight.bits,
-        ALIGNED=x.data_ptr() % 4 == 0 and (count == 1 or x.stride(0) % 2 == 0),
-        FULL=in_features == 32 * u, WHOLE=out_features % 64 == 0,
+        EACH=shape.each, WARPS=shape.warps, PIECES=pieces, SHARED=weight.rows, BITS=weight.bits,
+        ALIGNED=_aligned(x), FULL=in_features == 32 * u, WHOLE=out_features % 64 == 0,
         HALVES=shape.halves, SCALED=weight.scale is not None, BIASED=bias is not None,
-        num_warps=WARPS, maxnreg=shape.registers(pieces), launch_pdl=True,
+        DEPTH=shape.depth, PARTS=shape.parts,
+        num_warps=shape.warps, maxnreg=shape.registers, launch_pdl=True,
     )  # fmt: skip
     if shape.slices > 1:
         few_rows.add_up(parts, y)
     return y
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether four neighbouring channels of x can be read at once."""
+    return x.data_ptr() % 8 == 0 and x.shape[1] % 4 == 0 and (len(x) == 1 or x.stride(0) % 4 == 0)
 
 
 @cache
@@ -101,23 +110,42 @@ def _divisions(
 ) -> Iterator[tuple[float, int, int, Shape]]:
     """Divisions for so many programs that fit: microseconds, slices, across, shape."""
     x_rows = max(8, triton.next_power_of_2(count))
-    tiles = triton.cdiv(out_features, 64)
     for slices, steps in few_rows.slicings(triton.cdiv(u, few_rows.STEP_WORDS), programs):
-        each_slice = min(tiles, programs // slices)
-        blocks = triton.cdiv(steps * x_rows, WARPS)
-        for across in (1, 2):
-            groups = WARPS // 4 // across
-            rounds = triton.cdiv(triton.cdiv(tiles, each_slice), groups)
-            shape = Shape(
-                x_rows, slices, steps, each_slice, rounds * groups, across,
-                each=min(4, blocks), halves=2 if bits == 4 and x_rows * pieces <= 16 else 1,
-            )  # fmt: skip
-            used = shape.shared_bytes(bits, pieces) + 512
-            if used > ONE_BYTES:
-                continue
-            beside = bits == 4 and used <= TWO_BYTES and shape.registers(pieces) <= 128
-            cost = rounds * triton.cdiv(steps, across) * (BESIDE if beside else STEP)
-            cost += blocks * BLOCK
-            if slices > 1:
-                cost += SLICES + PARTS * slices * count * out_features / 1e6
-            yield cost, slices, across, shape
+        for warps in (8, 16) if x_rows * pieces**2 <= 32 else (8,):  # as registers suffice
+            for across in (1, 2, 4)[: warps // 4 - warps // 16]:
+                shape = _shape(
+                    x_rows, slices, steps, across, warps, out_features, pieces, bits, programs
+                )
+                if shape.depth >= bits:
+                    yield _cost(shape, count, out_features, pieces, bits), slices, across, shape
+
+
+def _shape(
+    x_rows: int, slices: int, steps: int, across: int, warps: int, out_features: int, pieces: int,
+    bits: int, programs: int,
+) -> Shape:  # fmt: skip
+    """One division, with as many planes under way as have room."""
+    tiles, groups = triton.cdiv(out_features, 64), warps // 4 // across
+    each_slice = min(tiles, programs // slices)
+    rounds = triton.cdiv(triton.cdiv(tiles, each_slice), groups)
+    parts = 1 if steps <= across else 2
+    shape = Shape(
+        x_rows, slices, steps, each_slice, rounds * groups, across, warps, depth=0, parts=parts,
+        each=min(4 // pieces, triton.cdiv(steps * x_rows // (2 * parts), warps)),
+        halves=2 if bits == 4 and x_rows * pieces <= 16 else 1,
+    )  # fmt: skip
+    # The allocation is rounded up to 256 bytes and holds 256 more.
+    left = SHARED_BYTES - 512 - shape.shared_bytes(bits, pieces)
+    return replace(shape, depth=min(2 * bits, left // (1024 * warps)))
+
+
+def _cost(shape: Shape, count: int, out_features: int, pieces: int, bits: int) -> float:
+    """Microseconds, as fitted to measurements on an H200."""
+    groups = shape.warps // 4 // shape.across
+    step = STEP * COLUMNS[shape.x_rows] * max(bits, 3) / 4 * (1.6 if pieces == 2 else 1.0)
+    step *= max(1.0, UNDER_WAY / (shape.warps * shape.depth)) * (1.1 if shape.warps == 8 else 1.0)
+    turns = shape.own // groups * triton.cdiv(shape.steps, shape.across)
+    cost = turns * shape.warps // 4 * step + SPLIT * shape.steps * shape.x_rows / 2
+    if shape.slices > 1:
+        cost += SLICES + PARTS * shape.slices * count * out_features / 1e6
+    return cost
