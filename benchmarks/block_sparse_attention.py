@@ -26,7 +26,7 @@ from squeeze.types import BlockIndex, Implementation
 
 OP = "block_sparse_attention"
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-DENSE, SPARSE = (8192, 32768, 131072), (32768, 131072)
+DENSE, SPARSE = (8192, 32768, 131072), (16384, 32768, 131072)
 REPEATS = 9
 SCALING = HEAD_DIM**-0.5
 KEPT = 0.1
@@ -74,6 +74,9 @@ def _cases(
             implementation=Implementation.TRITON,
         )  # fmt: skip
 
+    def whole(make: Callable[[], BlockIndex]) -> tuple[Tensor, Tensor]:
+        return ours(make())
+
     yield "sdpa cudnn", sdpa(SDPBackend.CUDNN_ATTENTION), 1.0, True
     if length in DENSE:
         yield "sdpa flash", sdpa(SDPBackend.FLASH_ATTENTION), 1.0, True
@@ -81,13 +84,16 @@ def _cases(
         yield "triton dense int8", lambda: ours(None, "int8"), 1.0, False
         yield "triton dense float8", lambda: ours(None, "float8"), 1.0, False
     if length in SPARSE:
-        policy, tokens = VerticalSlash(), torch.tensor([length])
-        listed = policy.index(query, keys, None, SCALING, None, Implementation.TRITON)
-        share = density(listed, tokens).mean().item()
-        make = lambda: policy.index(query, keys, None, SCALING, None, Implementation.TRITON)  # noqa: E731
-        yield "vertical_slash index", make, 0.0, False
-        yield "triton vertical_slash", lambda: ours(listed), share, False
-        yield "vertical_slash index + triton", lambda: ours(make()), share, False
+        tokens = torch.tensor([length])
+        for size in (64, 128):
+            policy = VerticalSlash(block_size=size)
+            make = partial(policy.index, query, keys, None, SCALING, None, Implementation.TRITON)
+            listed = make()
+            share = density(listed, tokens).mean().item()
+            name = f"vertical_slash {size}"
+            yield f"{name} index", make, 0.0, False
+            yield f"triton {name}", partial(ours, listed), share, False
+            yield f"{name} index + triton", partial(whole, make), share, False
         blocks = random_blocks(length, 128, device, generator)
         kept = density(blocks, tokens).mean().item()
         yield "triton random 128-blocks", lambda: ours(blocks), kept, False
@@ -95,7 +101,9 @@ def _cases(
         for size in (64, 128):
             both = with_columns(length, size, device, generator)
             read = density(both, tokens).mean().item()
-            yield f"triton random {size}-blocks, columns", partial(ours, both), read, False
+            name = f"triton random {size}-blocks, columns"
+            yield name, partial(ours, both), read, False
+            yield f"{name} int8", partial(ours, both, "int8"), read, False
 
 
 def random_blocks(

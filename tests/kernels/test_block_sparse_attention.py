@@ -308,9 +308,11 @@ def test_triton_on_a_gpu(D, size, dtype, poisoned):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [None, 64, 128])
+@pytest.mark.parametrize(
+    ("size", "columns"), [(None, False), (64, False), (128, False), (64, True), (128, True)]
+)
 @pytest.mark.parametrize("quantize", [None, "int8", "float8"])
-def test_both_kernels_agree_on_a_gpu(quantize, size, monkeypatch):
+def test_both_kernels_agree_on_a_gpu(quantize, size, columns, monkeypatch):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs Hopper")
     from squeeze.kernels.block_sparse_attention import hopper
@@ -320,9 +322,10 @@ def test_both_kernels_agree_on_a_gpu(quantize, size, monkeypatch):
     index = None if size is None else random_index(generator, 2, 8, 1500, size)
     if index is not None:
         index = replace(
-            index, block_offsets=index.block_offsets.cuda(), block_ids=index.block_ids.cuda(),
-            column_offsets=None, column_ids=None,
-        )  # fmt: skip
+            index, **{n: x.cuda() for n, x in vars(index).items() if torch.is_tensor(x)}
+        )
+        if not columns:
+            index = replace(index, column_offsets=None, column_ids=None)
     assert hopper.takes(q, index, None, quantize)
 
     def call():
@@ -358,8 +361,8 @@ def test_hopper_covers_what_was_compared():
         columns = replace(index, pooled_offsets=None, pooled_ids=None)
         ordered = permuted(generator, blocks, 300, size)
         for to in (None, "int8", "float8"):
-            assert heads(blocks, to) == [128]
-            for other in (index, averages, columns, ordered):
+            assert heads(blocks, to) == heads(columns, to) == [128]
+            for other in (index, averages, ordered):
                 assert heads(other, to) == []
 
 

@@ -457,10 +457,17 @@ def attend(
     exact: gl.constexpr = query.dtype.element_ty
     tile: gl.constexpr = ROWS * CONSUMERS
     program = gl.program_id(0)
+    place = gl.program_id(1)
+    if LISTED:
+        # Scattered reads stay in the cache: programs that run together share keys and values.
+        turn = place * gl.num_programs(0) + program
+        each = gl.num_programs(1) * GROUPS
+        program = turn // each * GROUPS + turn % GROUPS
+        place = turn % each // GROUPS
     b = (program // H).to(gl.int64)
     h = (program % H).to(gl.int64)
     kv = h // GROUPS
-    block = blocks - 1 - gl.program_id(1)
+    block = blocks - 1 - place
     start = 0
     if HAS_STARTS:
         start = gl.load(starts + b).to(gl.int32)

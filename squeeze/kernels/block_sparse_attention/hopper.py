@@ -66,12 +66,12 @@ def takes(
 def covers(D: int, index: BlockIndex | None, to: Quantize | None) -> bool:
     """Whether the kernel is known to be right for a head size, an index and a rounding.
 
-    Heads of 128: every earlier token, or listed blocks alone. Heads of 64: every earlier token,
-    nothing rounded. The kernel has columns, too, but with blocks of 128 it was seen to stop.
+    Heads of 128: every earlier token, or listed blocks and columns. Heads of 64: every earlier
+    token, nothing rounded.
     """
     if index is None:
         return D == 128 or (D == 64 and to is None)
-    others = (index.column_ids, index.pooled_ids, index.permutation)
+    others = (index.pooled_ids, index.permutation)
     return D == 128 and all(x is None for x in others)
 
 
