@@ -34,7 +34,13 @@ POLICIES: dict[str, dict[str, Any]] = {
     "sparge": {},
     "flexprefill": {},
     "pyramid": {},
+    "permuted": {},
+    "moba": {},
+    "retrieval_heads": {},
+    "sale": {},
 }
+# The estimate of ``sale`` multiplies all queries and keys; it takes seconds at more tokens.
+LONGEST = {"sale": 65536}
 REFERENCE = ("vertical_slash", "antidiagonal")
 REFERENCE_LENGTH = 32768
 REPEATS = 5
@@ -103,7 +109,8 @@ def _length(
             continue
 
         def make(policy: Any = policy, chosen: Implementation = implementation) -> Any:
-            return policy.index(query, keys, None, SCALING, None, chosen)
+            asked = (chosen,) if getattr(policy, "asks_implementation", False) else ()
+            return policy.index(query, keys, None, SCALING, None, *asked)
 
         index, scratch = _peak(make, device)
         time = median_us(make, repeats, warm_up=1)
@@ -138,6 +145,8 @@ def _length(
 def _policies(length: int) -> Iterator[tuple[str, Any, Implementation]]:
     """Name the policies to time at one length."""
     for name, settings in POLICIES.items():
+        if length > LONGEST.get(name, length):
+            continue
         policy = get("prefill", name.split()[0])(**settings)
         yield name, policy, Implementation.TRITON
         if name in REFERENCE and length == REFERENCE_LENGTH:

@@ -61,13 +61,10 @@ def discover() -> dict[str, Row]:
     for name in recipe.shipped():
         made = recipe.load(name)
         if made.attention and not (made.weights or made.kv_cache):
-            # They act at every length of the table, where dense attention is faster too.
-            least = []
-            if made.attention.prefill is not None:
-                least.append(f"attention.prefill.min_length={MIN_LENGTH}")
-            if made.attention.quantize is not None:
-                least.append(f"attention.quantize_min_length={MIN_LENGTH}")
-            rows.append(Row(name, RECIPE, recipe.load(name, least).to_dict()))
+            # Eight bits act at every length of the table, where dense attention is faster too.
+            least = [f"attention.quantize_min_length={MIN_LENGTH}"]
+            asked = recipe.load(name, least if made.attention.quantize else [])
+            rows.append(Row(name, RECIPE, asked.to_dict()))
     return {row.name: row for row in rows}
 
 

@@ -15,6 +15,9 @@ from squeeze.types import BlockIndex
 # heads of 128: at 8192 tokens estimating alone takes 0.95 to 3.9 times as long, at 16384
 # ``vertical_slash`` takes 1.3 times as long in all, at 32768 0.52 times; they meet near 20000.
 MIN_LENGTH = 20480
+# The same for a policy that takes longer to make its index than dense attention does at any length,
+# because both grow with the square: a prompt of so many tokens there is not.
+NEVER = 1 << 30
 COLUMN_TILE = 64
 RUN = 8  # averages in one run of ``BlockIndex.pooled_ids``
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from squeeze.kernels.prefill_index.api import select_blocks
 from squeeze.kernels.prefill_index.reference import ranked as ranked
 from squeeze.sparsify.estimate import PAIR_BYTES as PAIR_BYTES
-from squeeze.sparsify.estimate import later
+from squeeze.sparsify.estimate import Span
 from squeeze.types import BlockIndex, Implementation
 
 # Bytes that one segment of query blocks may take while it is scored and sorted.
@@ -24,7 +24,7 @@ SCRATCH_BYTES = 1 << 28
 # Blocks that every query block may list, however small the share it is granted.
 LEAST_BLOCKS = 16
 # Weights, bins and their integers of one pair of blocks in ``mass_floor``.
-FLOOR_BYTES = 24
+FLOOR_BYTES = 20
 
 
 def per_head(
@@ -55,6 +55,15 @@ def segments(blocks: int, row_bytes: int, first: int = 0) -> Iterator[range]:
         yield range(start, min(start + step, blocks))
 
 
+def triangle(blocks: int, pair_bytes: int, first: int = 0) -> Iterator[range]:
+    """Split the query blocks from ``first`` on where rows ``r`` take ``len(r) * r.stop`` pairs."""
+    parts, stop, pairs = [], blocks, SCRATCH_BYTES // max(1, pair_bytes)
+    while stop > first:
+        parts.append(range(max(first, stop - max(1, pairs // stop)), stop))
+        stop = parts[-1].start
+    yield from reversed(parts)
+
+
 def budget(row: int, share: float, least: int = LEAST_BLOCKS, most: int = 0) -> int:
     """Return how many blocks query block ``row`` may list: a share of those it may read.
 
@@ -62,6 +71,14 @@ def budget(row: int, share: float, least: int = LEAST_BLOCKS, most: int = 0) -> 
     """
     blocks = math.ceil(share * (row + 1))
     return min(row + 1, max(least, min(blocks, most or blocks)))
+
+
+@functools.lru_cache(maxsize=256)
+def total_budget(
+    first: int, blocks: int, share: float, least: int = LEAST_BLOCKS, most: int = 0
+) -> int:
+    """Add up the budgets of query blocks ``first`` to ``blocks - 1``; every layer asks the same."""
+    return sum(budget(row, share, least, most) for row in range(first, blocks))
 
 
 def list_blocks(
@@ -109,20 +126,19 @@ def list_blocks(
         pair_bytes: Scratch memory of one pair of blocks.
         implementation: Of the selection.
     """
-    capacity = sum(budget(row, share, least, most) for row in range(first, blocks))
+    capacity = total_budget(first, blocks, share, least, most)
     shape, zeros = (lengths.shape[0], heads), functools.partial(torch.zeros, dtype=torch.int32)
     counts, offsets = (zeros(*shape, n, device=lengths.device) for n in (blocks, blocks + 1))
     # The last slot takes what is not listed.
     ids = zeros(*shape, capacity + 1, device=lengths.device)
-    for rows in segments(blocks, shape[0] * heads * blocks * pair_bytes, first):
-        own = torch.arange(rows.start, rows.stop, device=lengths.device)
-        shares = share if limit is None else limit.squeeze(-1)  # [H, 1]
-        limits = ((own + 1).double() * shares).ceil()
-        limits = limits.clamp(min=least, max=budget(rows.stop - 1, share, least, most))
+    shares = share if limit is None else limit.squeeze(-1)  # [H, 1]
+    limits = torch.arange(first + 1, blocks + 1, device=lengths.device).double() * shares
+    limits = limits.ceil().clamp(min=least, max=budget(blocks - 1, share, least, most)).int()
+    for rows in triangle(blocks, shape[0] * heads * pair_bytes, first):
         select_blocks(
             weigh(rows),
             rows.start,
-            limits.int(),
+            limits[..., rows.start - first : rows.stop - first],
             lengths,
             size,
             mass,
@@ -138,14 +154,9 @@ def list_blocks(
 
 def mass_floor(
     weigh: Callable[[range], Tensor],
-    lengths: Tensor,
-    size: int,
-    blocks: int,
-    *,
+    span: Span,
     heads: int,
     mass: float | Tensor,
-    first: int = 0,
-    begins: Tensor | None = None,
     pair_bytes: int = FLOOR_BYTES,
 ) -> Tensor:
     """Find, per head, the weight from which on blocks hold ``mass`` of the weight of all rows.
@@ -154,26 +165,26 @@ def mass_floor(
     floor is a bin's lower edge, so that a head reads at most one bin more than it needs.
 
     Args:
-        weigh, lengths, size, blocks, heads, first, pair_bytes: As for ``list_blocks``.
+        weigh: As for ``list_blocks``; what lies after a query block's own weighs 0.
+        span: Of the call.
+        heads: Query heads, H.
         mass: Share of the weight of the whole map, one number or float32 ``[H, 1]``.
-        begins: Position of each row's first query, int64 ``[B]``, or ``None`` for 0.
+        pair_bytes: Scratch memory of one pair of blocks.
     Returns:
         float32 ``[B, H, 1, 1]``; 0 where every block is needed.
     """
-    B, octave, bins = lengths.shape[0], 32, 1024
-    shape = (B, heads, bins)
-    held = torch.zeros(shape, dtype=torch.int64, device=lengths.device)
-    for rows in segments(blocks, B * heads * blocks * pair_bytes, first):
+    B, octave, bins = span.lengths.shape[0], 32, 1024
+    held = torch.zeros(B, heads, bins, dtype=torch.int64, device=span.lengths.device)
+    for rows in triangle(span.blocks, B * heads * pair_bytes, span.first):
         weights = weigh(rows)
-        own = torch.arange(rows.start, rows.stop, device=weights.device)
-        hidden = later(rows, weights.shape[-1], weights.device)
-        padding = (own * size >= lengths[:, None])[:, None, :, None]
-        if begins is not None:
-            padding = padding | ((own + 1) * size <= begins[:, None])[:, None, :, None]
-        weights = weights.masked_fill(hidden | padding, 0.0).flatten(-2)
-        bin_of = weights.log2().mul_(-octave).clamp_(0, bins - 1).long()
+        if span.starts is not None:
+            padding = (span.query_counts(span.size) == 0)[:, None, :, None]
+            weights = weights.masked_fill(span.part(padding, rows), 0.0)
+        weights = weights.flatten(-2)
         # Integers: sums of floats would depend on the order in which a GPU adds them.
-        held.scatter_add_(-1, bin_of, (weights * 2.0**40).long())
+        amounts = (weights * 2.0**40).long()
+        weights = weights.log2().mul_(-octave).clamp_(0, bins - 1)
+        held.scatter_add_(-1, weights.long(), amounts)
     enough = (held.cumsum(-1) < mass * held.sum(-1, keepdim=True)).sum(-1)  # [B, H], bin
     floor = torch.exp2(-(enough + 1).float() / octave)
     return floor.masked_fill(enough >= bins - 1, 0.0)[..., None, None]

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from squeeze.sparsify import selection
 from squeeze.sparsify.index import compact, compact_segments
 from squeeze.sparsify.selection import budget, list_blocks
 from tests.sparsify.policies import choose, lists
@@ -67,3 +68,13 @@ def test_segments_pack_as_a_whole():
     for whole, parts in zip(compact(ids, keep, 108), compact_segments(pieces, 108), strict=True):
         assert torch.equal(whole[..., :-1], parts[..., :-1])
         assert whole.dtype == parts.dtype == torch.int32
+
+
+@pytest.mark.parametrize(("blocks", "first", "pairs"), [(100, 0, 1500), (37, 30, 40), (9, 0, 1)])
+def test_a_triangle_is_split_by_what_its_parts_take(monkeypatch, blocks, first, pairs):
+    monkeypatch.setattr(selection, "SCRATCH_BYTES", 12 * pairs)
+    parts = list(selection.triangle(blocks, 12, first))
+    assert [row for part in parts for row in part] == list(range(first, blocks))
+    assert all(len(part) == 1 or len(part) * part.stop <= pairs for part in parts)
+    # Only the first part may take much less than there is room for.
+    assert all((len(part) + 1) * part.stop > pairs for part in parts[1:])

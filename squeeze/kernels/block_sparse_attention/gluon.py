@@ -69,6 +69,12 @@ def _next(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _before(slot, STAGES: gl.constexpr):
+    """Return the ring's place before one."""
+    return gl.where(slot == 0, STAGES, slot) - 1
+
+
+@gluon.jit
 def _produce(
     k_desc, v_desc, keys, values, ids, column_ids, k_ring, v_ring, k_full, v_full, k_free, v_free,
     first, count, column_count, b, h, start, length, k_t, v_t,
@@ -106,43 +112,51 @@ def _produce(
             tma.async_copy_global_to_shared(v_desc, [h, key], v_full.index(slot), v_tile)
         slot, phase = _next(slot, phase, STAGES)
     if COLUMNS:
-        for t in range(0, column_count, TILE):
+        tiles = (column_count + TILE - 1) // TILE
+        positions = _positions(column_ids, column_count, length, TILE, BLOCK_D)
+        for t in range(0, tiles):
             mbarrier.wait(k_free.index(slot), phase ^ 1)
-            _gather(
-                keys, column_ids, k_ring.index(slot), t, column_count, length, k_t, TILE, BLOCK_D, D
-            )
-            async_copy.mbarrier_arrive(k_full.index(slot), increment_count=True)
-            gl.thread_barrier()
+            _gather(keys, positions, k_ring.index(slot), k_t, BLOCK_D, D)
+            # The next tile's list is on its way while this tile's rows are.
+            column_ids += TILE
+            column_count -= TILE
+            following = _positions(column_ids, column_count, length, TILE, BLOCK_D)
+            _land()
             mbarrier.arrive(k_full.index(slot), count=1)
+            mbarrier.arrive(v_full.index(_before(slot, STAGES)), count=1, pred=t > 0)
             mbarrier.wait(v_free.index(slot), phase ^ 1)
-            _gather(
-                values, column_ids, v_ring.index(slot), t, column_count, length, v_t, TILE, BLOCK_D,
-                D,
-            )  # fmt: skip
-            async_copy.mbarrier_arrive(v_full.index(slot), increment_count=True)
-            gl.thread_barrier()
-            mbarrier.arrive(v_full.index(slot), count=1)
+            _gather(values, positions, v_ring.index(slot), v_t, BLOCK_D, D)
+            positions = following
             slot, phase = _next(slot, phase, STAGES)
+        _land()
+        mbarrier.arrive(v_full.index(_before(slot, STAGES)), count=1, pred=tiles > 0)
 
 
 @gluon.jit
-def _gather(
-    source, column_ids, tile, first, count, length, stride,
-    TILE: gl.constexpr, BLOCK_D: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
-    """Copy listed rows into a tile, 16 bytes a thread, a few rows at a time to save registers."""
-    CHUNK: gl.constexpr = 32
+def _positions(ids, count, length, TILE: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Read which rows a tile gathers, for the threads that copy them; -1 where there is none."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    slots = first + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
-    channels = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))
-    for i in gl.static_range(TILE // CHUNK):
-        listed = slots + i * CHUNK < count
-        position = gl.load(column_ids + slots + i * CHUNK, mask=listed, other=0)
-        listed = listed & (position < length)
-        pointers = source + position.to(gl.int64)[:, None] * stride + channels[None, :]
-        async_copy.async_copy_global_to_shared(
-            tile.slice(i * CHUNK, CHUNK), pointers, mask=listed[:, None] & (channels < D)[None, :]
-        )
+    slots = gl.arange(0, TILE, gl.SliceLayout(1, layout))
+    # Positions past the row's end are hidden by causality; they must not leave the tensor, though.
+    return gl.minimum(gl.load(ids + slots, mask=slots < count, other=-1), length - 1)
+
+
+@gluon.jit
+def _gather(source, positions, tile, stride, BLOCK_D: gl.constexpr, D: gl.constexpr):
+    """Begin to copy listed rows into a tile, 16 bytes a thread; rows at -1 become zeros."""
+    channels = gl.arange(0, BLOCK_D, gl.SliceLayout(0, positions.type.layout.parent))
+    pointers = (source + channels)[None, :] + (positions * stride)[:, None]
+    mask = (positions >= 0)[:, None] & (channels < D)[None, :]
+    async_copy.async_copy_global_to_shared(tile, pointers, mask=mask)
+
+
+@gluon.jit
+def _land():
+    """Wait for every copy, of all threads, and show what they wrote to the tensor cores."""
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    fence_async_shared()
+    gl.thread_barrier()
 
 
 @gluon.jit
@@ -230,6 +244,204 @@ def _operand(weights, dtype: gl.constexpr, TILE: gl.constexpr, LAYOUT: gl.conste
 
 
 @gluon.jit
+def _keys(k_ring, slot, dtype: gl.constexpr, TILE: gl.constexpr, BLOCK_D: gl.constexpr):
+    """View a place of the ring as the right operand of the first product."""
+    flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK_D], dtype)
+    return k_ring.index(slot)._reinterpret(dtype, [TILE, BLOCK_D], flat).permute((1, 0))
+
+
+@gluon.jit
+def _values(v_ring, slot, dtype: gl.constexpr, TILE: gl.constexpr, BLOCK_D: gl.constexpr):
+    """View a place of the ring as the right operand of the second product."""
+    if dtype.primitive_bitwidth == 8:
+        flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_D, TILE], dtype)
+        tile = v_ring.index(slot)._reinterpret(dtype, [BLOCK_D, TILE], flat).permute((1, 0))
+    else:
+        flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK_D], dtype)
+        tile = v_ring.index(slot)._reinterpret(dtype, [TILE, BLOCK_D], flat)
+    return tile
+
+
+@gluon.jit
+def _columns_seen(
+    column_ids, count, last_column, row, TILE: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """Count, for each of 64 rows from ``row``, the columns of a tile that it sees: they ascend."""
+    rows: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    seen = gl.zeros([ROWS], gl.int32, rows) + count
+    if last_column > row:
+        slots = gl.arange(0, TILE, gl.SliceLayout(0, LAYOUT))
+        at = gl.load(column_ids + slots, mask=slots < count, other=MAGIC_BITS)
+        mine = row + gl.arange(0, ROWS, rows)
+        seen = gl.sum((at[None, :] <= mine[:, None]).to(gl.int32), 1)
+    return seen
+
+
+@gluon.jit
+def _step(
+    operand, k_ring, v_ring, k_full, v_full, k_free, v_free, slot, phase, old_slot, old_phase,
+    left, acc, total, top, shrink, begun, stretch, shift, visible,
+    PART: gl.constexpr, MASKED: gl.constexpr, KIND: gl.constexpr, SHIFTED: gl.constexpr,
+    LIFTED: gl.constexpr, OVERLAP: gl.constexpr, TILE: gl.constexpr, BLOCK_D: gl.constexpr,
+    k_type: gl.constexpr, v_type: gl.constexpr,
+):  # fmt: skip
+    """Multiply the values of the tile before and the keys of this one; take in its scores."""
+    o_mma: gl.constexpr = acc.type.layout
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_mma, 2 if KIND == EXACT else 4)
+    k_tile = _keys(k_ring, slot, k_type, TILE, BLOCK_D)
+    v_tile = _values(v_ring, old_slot, v_type, TILE, BLOCK_D)
+    if OVERLAP:
+        mbarrier.wait(k_full.index(slot), phase)
+        scoring = warpgroup_mma(operand, k_tile, begun, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(old_slot), old_phase)
+        adding = warpgroup_mma(left, v_tile, acc, is_async=True)
+        raw = warpgroup_mma_wait(1, deps=[scoring])
+        mbarrier.arrive(k_free.index(slot), count=1)
+        weights, top, shrink = _softmax(
+            raw, top, stretch, shift, visible, MASKED, KIND, SHIFTED, LIFTED
+        )
+        total = _scaled(total, shrink) + _partial(weights, TILE)
+        left = _operand(weights, v_type, TILE, p_layout)
+        total = _pin(total, PART)
+        acc, total = warpgroup_mma_wait(0, deps=[adding, total])
+        mbarrier.arrive(v_free.index(old_slot), count=1)
+        acc = _scaled(acc, shrink)
+    else:
+        narrow = left
+        if KIND != EXACT:
+            narrow = _operand(left, v_type, TILE, p_layout)
+        mbarrier.wait(v_full.index(old_slot), old_phase)
+        if KIND == EXACT:
+            adding = warpgroup_mma(narrow, v_tile, acc, is_async=True)
+        else:
+            none = gl.zeros([ROWS, BLOCK_D], gl.float32, o_mma)
+            adding = warpgroup_mma(narrow, v_tile, none, use_acc=False, is_async=True)
+        mbarrier.wait(k_full.index(slot), phase)
+        scoring = warpgroup_mma(operand, k_tile, begun, use_acc=KIND == INT8, is_async=True)
+        product = warpgroup_mma_wait(1, deps=[adding])
+        mbarrier.arrive(v_free.index(old_slot), count=1)
+        acc = product if KIND == EXACT else _scaled(acc, shrink) + product
+        raw = warpgroup_mma_wait(0, deps=[scoring])
+        mbarrier.arrive(k_free.index(slot), count=1)
+        weights, top, shrink = _softmax(
+            raw, top, stretch, shift, visible, MASKED, KIND, SHIFTED, LIFTED
+        )
+        total = _scaled(total, shrink) + _partial(weights, TILE)
+        left = weights
+        if KIND == EXACT:
+            left = _operand(weights, v_type, TILE, p_layout)
+            acc = _scaled(acc, shrink)
+    return left, acc, total, top, shrink
+
+
+@gluon.jit
+def _walk(
+    operand, k_ring, v_ring, k_full, v_full, k_free, v_free, slot, phase, acc, total, top,
+    ids, column_ids, key_scales, factor, shift, row, first, count, column_count,
+    PART: gl.constexpr, LISTED: gl.constexpr, COLUMNS: gl.constexpr, KIND: gl.constexpr,
+    SHIFTED: gl.constexpr, LIFTED: gl.constexpr, FRESH: gl.constexpr, OVERLAP: gl.constexpr,
+    TILE: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    k_type: gl.constexpr, v_type: gl.constexpr,
+):  # fmt: skip
+    """Take in ``count`` blocks, the diagonal first, and then tiles of columns.
+
+    The first tile is masked, and the last ones of columns: one that is not full, and one with
+    columns that only some of the rows see.
+    """
+    depth: gl.constexpr = 16 if KIND == EXACT else 32
+    s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, depth])
+    o_mma: gl.constexpr = acc.type.layout
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_mma, 2 if KIND == EXACT else 4)
+    rows_of: gl.constexpr = gl.SliceLayout(1, s_mma)
+    if KIND == INT8:
+        begun = gl.full([ROWS, TILE], MAGIC_BITS, gl.int32, s_mma)
+    else:
+        begun = gl.zeros([ROWS, TILE], gl.float32, s_mma)
+    place = gl.arange(0, TILE, gl.SliceLayout(0, s_mma))
+    tiles = count
+    clear = count
+    if COLUMNS:
+        tiles = count + (column_count + TILE - 1) // TILE
+        last_column = gl.load(column_ids + column_count - 1, mask=column_count > 0, other=0)
+        # Fewer than a tile of columns can lie past the first row, where rows see some of them.
+        clear = count + gl.maximum(column_count // TILE - (last_column > row).to(gl.int32), 0)
+    last = first - count + 1
+    if tiles > 0:
+        key = first * TILE
+        if LISTED:
+            key = gl.load(ids + first, mask=count > 0, other=0) * TILE
+        stretch = factor
+        if KIND != EXACT:
+            stretch = factor * gl.load(key_scales + key // TILE)
+            upcoming = _key_scale(key_scales, ids, gl.maximum(first - 1, last), LISTED)
+        seen = row + gl.arange(0, ROWS, rows_of) - key + 1
+        if COLUMNS:  # noqa: SIM102 (one is known while compiling)
+            if count == 0:
+                few = gl.minimum(column_count, TILE)
+                seen = _columns_seen(column_ids, few, last_column, row, TILE, s_mma)
+        mbarrier.wait(k_full.index(slot), phase)
+        k_tile = _keys(k_ring, slot, k_type, TILE, BLOCK_D)
+        raw = warpgroup_mma(operand, k_tile, begun, use_acc=KIND == INT8)
+        mbarrier.arrive(k_free.index(slot), count=1)
+        visible = place[None, :] < seen[:, None]
+        weights, top, shrink = _softmax(
+            raw, top, stretch, shift, visible, True, KIND, SHIFTED, LIFTED
+        )
+        if FRESH:
+            total = _partial(weights, TILE)
+        else:
+            total = _scaled(total, shrink) + _partial(weights, TILE)
+            acc = _scaled(acc, shrink)
+        # Eight-bit weights would cross the loop as single bytes, so they cross it as float32.
+        left = _operand(weights, v_type, TILE, p_layout) if KIND == EXACT else weights
+        for i in range(1, clear):
+            old_slot = slot
+            old_phase = phase
+            slot, phase = _next(slot, phase, STAGES)
+            if KIND != EXACT:
+                stretch = factor * upcoming
+                upcoming = _key_scale(key_scales, ids, gl.maximum(first - i - 1, last), LISTED)
+            left, acc, total, top, shrink = _step(
+                operand, k_ring, v_ring, k_full, v_full, k_free, v_free, slot, phase, old_slot,
+                old_phase, left, acc, total, top, shrink, begun, stretch, shift, place,
+                PART, False, KIND, SHIFTED, LIFTED, OVERLAP, TILE, BLOCK_D, k_type, v_type,
+            )  # fmt: skip
+        v_tile = _values(v_ring, slot, v_type, TILE, BLOCK_D)
+        if KIND != EXACT:
+            left = _operand(left, v_type, TILE, p_layout)
+        mbarrier.wait(v_full.index(slot), phase)
+        if KIND == EXACT:
+            acc = warpgroup_mma(left, v_tile, acc)
+        else:
+            none = gl.zeros([ROWS, BLOCK_D], gl.float32, o_mma)
+            product = warpgroup_mma(left, v_tile, none, use_acc=False)
+            acc = _scaled(acc, shrink) + product
+        mbarrier.arrive(v_free.index(slot), count=1)
+        slot, phase = _next(slot, phase, STAGES)
+    if COLUMNS:
+        for i in range(gl.maximum(clear, 1), tiles):
+            begin = (i - count) * TILE
+            few = gl.minimum(column_count - begin, TILE)
+            seen = _columns_seen(column_ids + begin, few, last_column, row, TILE, s_mma)
+            mbarrier.wait(k_full.index(slot), phase)
+            k_tile = _keys(k_ring, slot, k_type, TILE, BLOCK_D)
+            raw = warpgroup_mma(operand, k_tile, begun, use_acc=False)
+            mbarrier.arrive(k_free.index(slot), count=1)
+            visible = place[None, :] < seen[:, None]
+            weights, top, shrink = _softmax(
+                raw, top, factor, shift, visible, True, KIND, SHIFTED, LIFTED
+            )
+            total = _scaled(total, shrink) + _partial(weights, TILE)
+            left = _operand(weights, v_type, TILE, p_layout)
+            acc = _scaled(acc, shrink)
+            mbarrier.wait(v_full.index(slot), phase)
+            acc = warpgroup_mma(left, _values(v_ring, slot, v_type, TILE, BLOCK_D), acc)
+            mbarrier.arrive(v_free.index(slot), count=1)
+            slot, phase = _next(slot, phase, STAGES)
+    return slot, phase, acc, total, top
+
+
+@gluon.jit
 def _consume(
     k_desc, v_desc, query, out, lse, ids, column_ids, key_scales, value_scales, key_means,
     k_ring, v_ring, k_full, v_full, k_free, v_free, q_tile, q_small,
@@ -240,11 +452,9 @@ def _consume(
 ):  # fmt: skip
     """Attend 64 rows. ``query``, ``out`` and ``lse`` point at the head's first query."""
     exact: gl.constexpr = q_tile.dtype
-    small: gl.constexpr = exact if KIND == EXACT else gl.float8e4nv
     depth: gl.constexpr = 16 if KIND == EXACT else 32
     s_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, depth])
     o_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, depth])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_mma, 2 if KIND == EXACT else 4)
     load: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     rows_of: gl.constexpr = gl.SliceLayout(1, s_mma)
 
@@ -277,108 +487,16 @@ def _consume(
 
     top = gl.full([ROWS], -float("inf"), gl.float32, rows_of)
     acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_mma)
-    none = gl.zeros([ROWS, BLOCK_D], gl.float32, o_mma)
     total = _partial(gl.zeros([ROWS, TILE], gl.float32, s_mma), TILE)
-    if KIND == INT8:
-        begun = gl.full([ROWS, TILE], MAGIC_BITS, gl.int32, s_mma)
-    else:
-        begun = gl.zeros([ROWS, TILE], gl.float32, s_mma)
-    place = gl.arange(0, TILE, gl.SliceLayout(0, s_mma))
-    mine = row + gl.arange(0, ROWS, rows_of)
-    operand = q_tile if KIND == EXACT else q_small
-    k_type: gl.constexpr = k_desc.dtype
-    v_type: gl.constexpr = v_desc.dtype
-    v_shape: gl.constexpr = [TILE, BLOCK_D] if KIND == EXACT else [BLOCK_D, TILE]
-    k_flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK_D], k_type)
-    v_flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for(v_shape, v_type)
     slot = first * 0
     phase = first * 0
-    last = first - count + 1
-    if count > 0:
-        key = first * TILE
-        if LISTED:
-            key = gl.load(ids + first) * TILE
-        stretch = factor
-        if KIND != EXACT:
-            stretch = factor * gl.load(key_scales + key // TILE)
-            upcoming = _key_scale(key_scales, ids, gl.maximum(first - 1, last), LISTED)
-        visible = (key + place)[None, :] <= mine[:, None]
-        k_tile = k_ring.index(slot)._reinterpret(k_type, [TILE, BLOCK_D], k_flat).permute((1, 0))
-        mbarrier.wait(k_full.index(slot), phase)
-        raw = warpgroup_mma(operand, k_tile, begun, use_acc=KIND == INT8)
-        mbarrier.arrive(k_free.index(slot), count=1)
-        weights, top, shrink = _softmax(
-            raw, top, stretch, shift, visible, True, KIND, False, KIND != EXACT
-        )
-        total = _partial(weights, TILE)
-        # Eight-bit weights would cross the loop as single bytes, so they cross it as float32.
-        left = _operand(weights, small, TILE, p_layout) if KIND == EXACT else weights
-        for i in range(1, count):
-            old_slot = slot
-            old_phase = phase
-            slot, phase = _next(slot, phase, STAGES)
-            if KIND != EXACT:
-                stretch = factor * upcoming
-                upcoming = _key_scale(key_scales, ids, gl.maximum(first - i - 1, last), LISTED)
-            k_tile = (
-                k_ring.index(slot)._reinterpret(k_type, [TILE, BLOCK_D], k_flat).permute((1, 0))
-            )
-            v_tile = v_ring.index(old_slot)._reinterpret(v_type, v_shape, v_flat)
-            if KIND != EXACT:
-                v_tile = v_tile.permute((1, 0))
-            if OVERLAP:
-                mbarrier.wait(k_full.index(slot), phase)
-                scoring = warpgroup_mma(operand, k_tile, begun, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(old_slot), old_phase)
-                adding = warpgroup_mma(left, v_tile, acc, is_async=True)
-                raw = warpgroup_mma_wait(1, deps=[scoring])
-                mbarrier.arrive(k_free.index(slot), count=1)
-                weights, top, shrink = _softmax(
-                    raw, top, stretch, shift, place, False, KIND, False, False
-                )
-                total = _scaled(total, shrink) + _partial(weights, TILE)
-                left = _operand(weights, small, TILE, p_layout)
-                total = _pin(total, PART)
-                acc, total = warpgroup_mma_wait(0, deps=[adding, total])
-                mbarrier.arrive(v_free.index(old_slot), count=1)
-                acc = _scaled(acc, shrink)
-            else:
-                narrow = left
-                if KIND != EXACT:
-                    narrow = _operand(left, small, TILE, p_layout)
-                mbarrier.wait(v_full.index(old_slot), old_phase)
-                if KIND == EXACT:
-                    adding = warpgroup_mma(narrow, v_tile, acc, is_async=True)
-                else:
-                    adding = warpgroup_mma(narrow, v_tile, none, use_acc=False, is_async=True)
-                mbarrier.wait(k_full.index(slot), phase)
-                scoring = warpgroup_mma(operand, k_tile, begun, use_acc=KIND == INT8, is_async=True)
-                product = warpgroup_mma_wait(1, deps=[adding])
-                mbarrier.arrive(v_free.index(old_slot), count=1)
-                acc = product if KIND == EXACT else _scaled(acc, shrink) + product
-                raw = warpgroup_mma_wait(0, deps=[scoring])
-                mbarrier.arrive(k_free.index(slot), count=1)
-                weights, top, shrink = _softmax(
-                    raw, top, stretch, shift, place, False, KIND, False, KIND != EXACT
-                )
-                total = _scaled(total, shrink) + _partial(weights, TILE)
-                left = weights
-                if KIND == EXACT:
-                    left = _operand(weights, small, TILE, p_layout)
-                    acc = _scaled(acc, shrink)
-        v_tile = v_ring.index(slot)._reinterpret(v_type, v_shape, v_flat)
-        if KIND != EXACT:
-            v_tile = v_tile.permute((1, 0))
-        if KIND != EXACT:
-            left = _operand(left, small, TILE, p_layout)
-        mbarrier.wait(v_full.index(slot), phase)
-        if KIND == EXACT:
-            acc = warpgroup_mma(left, v_tile, acc)
-        else:
-            product = warpgroup_mma(left, v_tile, none, use_acc=False)
-            acc = _scaled(acc, shrink) + product
-        mbarrier.arrive(v_free.index(slot), count=1)
-        slot, phase = _next(slot, phase, STAGES)
+    slot, phase, acc, total, top = _walk(
+        q_tile if KIND == EXACT else q_small, k_ring, v_ring, k_full, v_full, k_free, v_free, slot,
+        phase, acc, total, top, ids, column_ids, key_scales, factor, shift, row, first, count,
+        column_count,
+        PART, LISTED, COLUMNS and KIND == EXACT, KIND, False, KIND != EXACT, True, OVERLAP, TILE,
+        BLOCK_D, STAGES, k_desc.dtype, v_desc.dtype,
+    )  # fmt: skip
     # The same registers, named for products of 16-bit operands.
     s_exact: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     o_exact: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -390,35 +508,13 @@ def _consume(
     channel = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_exact))
     if KIND != EXACT:
         acc = acc * gl.load(value_scales + channel)[None, :]
-    if COLUMNS:
-        left_of: gl.constexpr = gl.DotOperandLayout(0, o_exact, 2)
-        flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK_D], exact)
+    if COLUMNS and KIND != EXACT:
         plain = gl.full([ROWS], scale, gl.float32, exact_rows)
-        clear = gl.zeros([ROWS, TILE], gl.float32, s_exact)
-        slots = gl.arange(0, TILE, gl.SliceLayout(0, s_exact))
-        ours = row + gl.arange(0, ROWS, exact_rows)
-        for t in range(0, column_count, TILE):
-            listed = t + slots < column_count
-            keys_at = gl.load(column_ids + t + slots, mask=listed, other=0)
-            listed = listed & (keys_at < length)
-            visible = listed[None, :] & (keys_at[None, :] <= ours[:, None])
-            k_tile = k_ring.index(slot)._reinterpret(exact, [TILE, BLOCK_D], flat)
-            v_tile = v_ring.index(slot)._reinterpret(exact, [TILE, BLOCK_D], flat)
-            mbarrier.wait(k_full.index(slot), phase)
-            fence_async_shared()
-            raw = warpgroup_mma(q_tile, k_tile.permute((1, 0)), clear, use_acc=False)
-            mbarrier.arrive(k_free.index(slot), count=1)
-            weights, top, shrink = _softmax(
-                raw, top, plain, shift, visible, True, EXACT, KIND != EXACT, KIND != EXACT
-            )
-            total = _scaled(total, shrink) + _partial(weights, TILE)
-            acc = _scaled(acc, shrink)
-            left = _operand(weights, exact, TILE, left_of)
-            mbarrier.wait(v_full.index(slot), phase)
-            fence_async_shared()
-            acc = warpgroup_mma(left, v_tile, acc)
-            mbarrier.arrive(v_free.index(slot), count=1)
-            slot, phase = _next(slot, phase, STAGES)
+        slot, phase, acc, total, top = _walk(
+            q_tile, k_ring, v_ring, k_full, v_full, k_free, v_free, slot, phase, acc, total, top,
+            ids, column_ids, key_scales, plain, shift, row, 0, 0, column_count,
+            PART, LISTED, True, EXACT, True, True, False, True, TILE, BLOCK_D, STAGES, exact, exact,
+        )  # fmt: skip
 
     sums = gl.convert_layout(gl.sum(total, 1), out_rows)
     tops = gl.convert_layout(top, out_rows)
@@ -538,17 +634,16 @@ def attend(
                 (_consume, (
                     k_desc, v_desc, query, out, lse, ids, columns, key_scales, value_scales,
                     key_means, k_ring, v_ring, k_full, v_full, k_free, v_free, q_tile.index(0),
-                    q_small.index(0), first, count, column_count, row, start, length, before, T,
-                    scale, q_t, q_d, PART_0, LISTED, COLUMNS, KIND, tile, BLOCK_D, D, STAGES,
-                    OVERLAP,
+                    q_small.index(0), first, count, column_count, row, start,
+                    length, before, T, scale, q_t, q_d, PART_0, LISTED, COLUMNS, KIND, tile,
+                    BLOCK_D, D, STAGES, OVERLAP,
                 )),
                 (_consume, (
                     k_desc, v_desc, query, out, lse, ids, columns, key_scales, value_scales,
                     key_means, k_ring, v_ring, k_full, v_full, k_free, v_free, q_tile.index(1),
-                    q_small.index(1), first, count, column_count, row + ROWS, start, length, before,
-                    T,
-                    scale, q_t, q_d, PART_1, LISTED, COLUMNS, KIND, tile, BLOCK_D, D, STAGES,
-                    OVERLAP,
+                    q_small.index(1), first, count, column_count, row + ROWS, start,
+                    length, before, T, scale, q_t, q_d, PART_1, LISTED, COLUMNS, KIND, tile,
+                    BLOCK_D, D, STAGES, OVERLAP,
                 )),
                 (_produce, (
                     k_desc, v_desc, keys, values, ids, columns, k_ring, v_ring, k_full, v_full,
@@ -565,9 +660,9 @@ def attend(
                 (_consume, (
                     k_desc, v_desc, query, out, lse, ids, columns, key_scales, value_scales,
                     key_means, k_ring, v_ring, k_full, v_full, k_free, v_free, q_tile.index(0),
-                    q_small.index(0), first, count, column_count, row, start, length, before, T,
-                    scale, q_t, q_d, PART_0, LISTED, COLUMNS, KIND, tile, BLOCK_D, D, STAGES,
-                    OVERLAP,
+                    q_small.index(0), first, count, column_count, row, start,
+                    length, before, T, scale, q_t, q_d, PART_0, LISTED, COLUMNS, KIND, tile,
+                    BLOCK_D, D, STAGES, OVERLAP,
                 )),
                 (_produce, (
                     k_desc, v_desc, keys, values, ids, columns, k_ring, v_ring, k_full, v_full,

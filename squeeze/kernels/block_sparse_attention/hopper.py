@@ -44,7 +44,7 @@ class Settings:
 def settings(rows: int, kind: int, columns: bool) -> Settings:
     """Return how a call runs; 12 (8 for 64 rows) warps share the registers of a multiprocessor."""
     stages = 2 if kind == 0 or columns else 4
-    producer = 56 if columns else 24
+    producer = (72 if kind == 0 else 56) if columns else 24
     if rows == 64:
         return Settings(stages, kind == 0, 256 - producer, producer, 128)
     return Settings(stages, kind == 0, (504 - producer) // 16 * 8, producer, None)
@@ -76,9 +76,11 @@ def covers(D: int, index: BlockIndex | None, to: Quantize | None) -> bool:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Copy what rows of 16-byte pieces cannot be read from."""
+    """Copy what rows of 16-byte pieces, their offsets in 32 bits, cannot be read from."""
     strides = [stride * x.element_size() % 16 for stride in x.stride()[:-1]]
-    return x.contiguous() if x.stride(-1) != 1 or x.data_ptr() % 16 or any(strides) else x
+    far = x.shape[2] * x.stride(2) >= 1 << 31
+    bad = x.stride(-1) != 1 or x.data_ptr() % 16 or any(strides) or far
+    return x.contiguous() if bad else x
 
 
 def attend(

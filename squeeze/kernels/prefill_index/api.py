@@ -19,6 +19,8 @@ from squeeze.types import Implementation
 OP = "prefill_index"
 # A row of weights is held in registers.
 MOST_BLOCKS = 32768
+# The gates of 64 queries are held in registers.
+MOST_CHUNKS = 512
 # A share counts as reached a little earlier: what float32 rounds, or divides inexactly, does not
 # decide where a row's weights add up to just that share.
 REACHED = 1 - 2.0**-20
@@ -168,18 +170,158 @@ def select_blocks(
         or weights.shape[-1] < first + weights.shape[2]
     ):
         raise ValueError(f"{OP}: need float32 weights and int32 lists, got {dtypes}")
-    if isinstance(mass, Tensor):
-        mass = torch.where(mass < 1.0, REACHED * mass, mass)
-    else:
-        mass = REACHED * mass if mass < 1.0 else mass
+    mass = _reached(mass)
     call = (weights, first, limits, lengths, size, mass, floor, require, counts, offsets, ids)
     if _by_triton(weights, implementation):
-        if weights.shape[-1] > MOST_BLOCKS:
-            raise UnsupportedError(OP, f"{weights.shape[-1]} blocks", f"at most {MOST_BLOCKS}")
+        _check_width(weights)
         from squeeze.kernels.prefill_index import selection
 
         return selection.select_blocks(*call)
     return reference.select_blocks(*call)
+
+
+@torch.no_grad()
+def select_levels(
+    weights: Tensor,
+    first: int,
+    limits: Tensor,
+    lengths: Tensor,
+    size: int,
+    tokens: int,
+    masses: Sequence[float | Tensor],
+    exact: Sequence[Tensor],
+    averaged: Sequence[Tensor],
+    *,
+    implementation: Implementation = Implementation.REFERENCE,
+) -> None:
+    """List blocks to read exactly and as averages of 2, 4 and 8 tokens, in place.
+
+    A query block orders the blocks that it may read: block 0 and its own, then by falling weight,
+    the nearer of two equals first. Each of the four levels goes on from where the one before ended
+    until ``masses`` of the row's weight is read, or it has as many blocks as its limit; the first
+    has at least two. What is left is skipped.
+
+    Args:
+        weights, first, lengths, size: As for ``select_blocks``; ``size`` is a multiple of 64.
+        limits: Most blocks of each level and row, int32 ``[4, R]``.
+        tokens: Of the keys, T, by which averages are numbered (``BlockIndex``).
+        masses: Share of a row's weight read when a level ends; 1 reads all. The first one number or
+            float32 ``[H, 1, 1]``. They count as reached at 1 - 2^-20 of them.
+        exact: Counts, offsets and ids of blocks, written as ``select_blocks`` does.
+        averaged: The same of runs of averages, by level, ascending.
+        implementation: ``auto`` belongs to the plan and is refused here.
+    Raises:
+        ValueError: dtypes that do not fit, or ``auto``.
+        DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
+        UnsupportedError: ``triton`` with rows of more than 32768 blocks.
+    """
+    dtypes = [weights.dtype, *(x.dtype for x in (limits, *exact, *averaged))]
+    if (
+        dtypes != [torch.float32] + 7 * [torch.int32]
+        or weights.shape[-1] < first + weights.shape[2]
+        or size % 64
+    ):
+        raise ValueError(f"{OP}: need float32 weights and int32 lists, got {dtypes}")
+    masses = [_reached(mass) for mass in masses]
+    call = (weights, first, limits, lengths, size, tokens, masses, exact, averaged)
+    if _by_triton(weights, implementation):
+        _check_width(weights)
+        from squeeze.kernels.prefill_index import levels
+
+        return levels.select_levels(*call)
+    return reference.select_levels(*call)
+
+
+@torch.no_grad()
+def route_chunks(
+    query: Tensor,
+    means: Tensor,
+    real: Tensor,
+    number: float | Tensor,
+    most: int,
+    chunk_size: int,
+    size: int,
+    first: int,
+    *,
+    implementation: Implementation = Implementation.REFERENCE,
+) -> Tensor:
+    """Route queries to the earlier chunks of the largest gate q . mean; count them by query block.
+
+    Args:
+        query: Consecutive queries by position, ``[B, H, R * size, D]``.
+        means: Mean key of each chunk, float32 ``[B, H_kv, C, D]``, as many as concern the queries.
+        real: Marks the queries that there are, bool ``[B, R * size]``.
+        number: Chunks of each query, one number or float32 ``[H, 1, 1]``; fractions round up.
+        most: The most that any head has.
+        chunk_size: Tokens per chunk, a multiple of ``size``.
+        size: Queries per block.
+        first: Position of the first query, a multiple of ``size``.
+        implementation: ``auto`` belongs to the plan and is refused here.
+    Returns:
+        Share of a block's queries that were routed to each chunk, float32 ``[B, H, R, C]``; of
+        equal gates any.
+    Raises:
+        ValueError: shapes that do not fit, or ``auto``.
+        DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
+        UnsupportedError: ``triton`` with more than 512 chunks.
+    Cost: ``triton``: three products of queries and means in the queries' precision, nothing kept
+        but the shares; ``reference``: 4 bytes per query and chunk.
+    """
+    if query.shape[2] != real.shape[-1] or query.shape[2] % size or chunk_size % size:
+        raise ValueError(f"{OP}: queries {tuple(query.shape)} in blocks of {size} of {chunk_size}")
+    call = (query, means, real, number, most, chunk_size, size, first)
+    if _by_triton(query, implementation):
+        if means.shape[2] > MOST_CHUNKS:
+            raise UnsupportedError(OP, f"{means.shape[2]} chunks", f"at most {MOST_CHUNKS}")
+        from squeeze.kernels.prefill_index import routing
+
+        return routing.route_chunks(*call)
+    return reference_estimates.route_chunks(*call)
+
+
+@torch.no_grad()
+def choose_lines(
+    columns: Tensor,
+    diagonals: Tensor,
+    starts: Tensor | None,
+    size: int,
+    nearest: int,
+    verticals: int | Tensor,
+    slashes: int | Tensor,
+    most: tuple[int, int],
+    *,
+    implementation: Implementation = Implementation.REFERENCE,
+) -> tuple[Tensor, Tensor]:
+    """Choose the heaviest columns outside block 0, and block diagonals; of equals the first ones.
+
+    Args:
+        columns: Mass of each token's column, float32 ``[B, H, T]``, not negative.
+        diagonals: Mass of each block diagonal, float32 ``[B, H, ceil(T / size)]``, not negative.
+        starts: int64 ``[B]``, left-padding tokens of each row, or ``None``.
+        size: Tokens per block.
+        nearest: Block diagonals from distance 0 on that are always chosen; at least 1.
+        verticals: Columns to choose, one number or int32 ``[H]``.
+        slashes: Block diagonals to choose, the nearest ones included, likewise.
+        most: The most that any head chooses of either; what is more is left out.
+        implementation: ``auto`` belongs to the plan and is refused here.
+    Returns:
+        Positions of columns, int32 ``[B, H, most[0]]``, ascending, T fills up; and distances in
+        blocks, int32 ``[B, H, most[1]]``, descending, ceil(T / size) fills up. Nothing is chosen
+        past a row's end.
+    Raises:
+        ValueError: shapes that do not fit, or ``auto``.
+        DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
+    """
+    if columns.shape[:2] != diagonals.shape[:2] or diagonals.shape[-1] != -(
+        -columns.shape[-1] // size
+    ):
+        raise ValueError(f"{OP}: columns {columns.shape} with diagonals {diagonals.shape}")
+    call = (columns, diagonals, starts, size, nearest, verticals, slashes, most)
+    if _by_triton(columns, implementation):
+        from squeeze.kernels.prefill_index import choice
+
+        return choice.choose_lines(*call)
+    return reference.choose_lines(*call)
 
 
 @torch.no_grad()
@@ -220,6 +362,18 @@ def list_lines(
 
         return lines.list_lines(*call)
     return reference.list_lines(*call)
+
+
+def _reached(mass: float | Tensor) -> float | Tensor:
+    """Return the share from which on ``mass`` counts as reached."""
+    if isinstance(mass, Tensor):
+        return torch.where(mass < 1.0, REACHED * mass, mass)
+    return REACHED * mass if mass < 1.0 else mass
+
+
+def _check_width(weights: Tensor) -> None:
+    if weights.shape[-1] > MOST_BLOCKS:
+        raise UnsupportedError(OP, f"{weights.shape[-1]} blocks", f"at most {MOST_BLOCKS}")
 
 
 def _by_triton(x: Tensor, implementation: Implementation) -> bool:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from squeeze.kernels.prefill_index import hopper
+
 LOG2_E = 1.4426950408889634
 ROWS, COLUMNS = 128, 128  # cells of queries and of keys to one product
 RESIDENT = 2  # programs to a multiprocessor
@@ -156,8 +158,10 @@ def weigh_cells(
     """Launch; arguments and results are those of ``api.weigh_cells``.
 
     One launch; 4 bytes of scratch memory per cell of the queries at work and block of keys, and not
-    of all queries.
+    of all queries. Calls that ``hopper.takes`` go to the kernel for it.
     """
+    if hopper.takes(query, keys, stride, scaling, softcap):
+        return hopper.weigh_cells(query, keys, starts, stride, size, scaling, rows)
     (B, H, T_q, D), (H_kv, T) = query.shape, keys.shape[1:3]
     cells, wide = size // stride, max(16, triton.next_power_of_2(D))
     number, width = len(rows) * cells, rows.stop

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def _prepare(
+    columns, distances, before, covered, V, S, blocks, size,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, HALVINGS: tl.constexpr,
+):  # fmt: skip
+    """Count the columns before each block of one head, and mark the distances that it reads."""
+    program = tl.program_id(0).to(tl.int64)
+    own = covered + program * (blocks + 1)
+    for first in range(0, blocks + 1, TILE):
+        block = first + tl.arange(0, TILE)
+        inside = block <= blocks
+        low = tl.zeros((TILE,), tl.int32)
+        high = low + V
+        for _ in range(HALVINGS):
+            middle = (low + high) // 2
+            open = low < high
+            column = tl.load(columns + program * V + middle, mask=inside & open, other=0)
+            less = open & (column.to(tl.int32) < block * size)
+            low = tl.where(less, middle + 1, low)
+            high = tl.where(open & (less == 0), middle, high)
+        tl.store(before + program * (blocks + 1) + block, low, mask=inside)
+        tl.store(own + block, tl.zeros((TILE,), tl.uint8), mask=inside)
+    tl.debug_barrier()
+    s = tl.arange(0, WIDTH)
+    distance = tl.load(distances + program * S + s, mask=s < S, other=0).to(tl.int32)
+    tl.store(own + distance, tl.full((WIDTH,), 1, tl.uint8), mask=s < S)
 
 
 @triton.jit
@@ -78,29 +108,40 @@ def _write(
                 begin += tl.sum(keep.to(tl.int32), 0)
 
 
+@functools.lru_cache(maxsize=256)
+def _capacities(first: int, blocks: int, V: int, S: int, size: int) -> tuple[int, int]:
+    """Return the most blocks and columns that one head can list; every layer asks the same."""
+    rows = range(first, blocks)
+    return sum(min(row, S) + 1 for row in rows), sum(min(V, max(0, row - 1) * size) for row in rows)
+
+
 def list_lines(
     columns: Tensor, distances: Tensor, lengths: Tensor, size: int, blocks: int, first: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Launch; arguments and results are those of ``api.list_lines``."""
     B, H, V = columns.shape
     S, device, several = distances.shape[-1], columns.device, 2 if V else 1
-    before = covered = distances = distances.contiguous()
+    distances, columns = distances.contiguous(), columns.contiguous()
+    before = torch.empty(B, H, blocks + 1, dtype=torch.int32, device=device)
+    covered = torch.empty(B, H, blocks + 1, dtype=torch.uint8, device=device)
     if V:
-        bounds = torch.arange(blocks + 1, device=device) * size
-        columns = columns.contiguous()
-        before = torch.searchsorted(columns, bounds.to(columns.dtype).expand(B, H, -1).contiguous())
-        covered = torch.zeros(B, H, blocks + 1, dtype=torch.uint8, device=device)
-        covered.scatter_(-1, distances.long(), 1)
-    offsets = torch.zeros(several, B, H, blocks + 1, dtype=torch.int32, device=device)
-    counts = torch.zeros(several, B, H, blocks, dtype=torch.int32, device=device)
+        _prepare[(B * H,)](
+            columns, distances, before, covered, V, S, blocks, size,
+            WIDTH=triton.next_power_of_2(S), TILE=512, HALVINGS=V.bit_length(), num_warps=4,
+        )  # fmt: skip
+    # One piece of memory: counts behind offsets.
+    offsets, counts = torch.zeros(
+        several * B * H * (2 * blocks + 1), dtype=torch.int32, device=device
+    ).split((several * B * H * (blocks + 1), several * B * H * blocks))
+    offsets = offsets.view(several, B, H, blocks + 1)
+    counts = counts.view(several, B, H, blocks)
     rows = blocks - first
     _count[(triton.cdiv(rows, 64), B * H)](
         distances, before, lengths, counts, H, S, first, blocks, size, ROWS=64, COLUMNS=V > 0,
         num_warps=2,
     )  # fmt: skip
     torch.cumsum(counts, -1, dtype=torch.int32, out=offsets[..., 1:])
-    block_capacity = sum(min(row, S) + 1 for row in range(first, blocks))
-    column_capacity = sum(min(V, max(0, row - 1) * size) for row in range(first, blocks))
+    block_capacity, column_capacity = _capacities(first, blocks, V, S, size)
     block_ids = torch.empty(B, H, block_capacity, dtype=torch.int32, device=device)
     column_ids = torch.empty(B, H, column_capacity if V else 0, dtype=torch.int32, device=device)
     _write[(rows, B * H)](

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -70,20 +72,113 @@ def select_blocks(
     ids: Tensor,
 ) -> None:
     """Write the lists; arguments are those of ``api.select_blocks``."""
-    B, H, R, C = weights.shape
-    rows, capacity = range(first, first + R), ids.shape[-1]
-    keep = chosen(weights, rows, limits, mass, floor, require)
+    R, C = weights.shape[2:]
+    keep = chosen(weights, range(first, first + R), limits, mass, floor, require)
     real = torch.arange(first, first + R, device=keep.device) * size < lengths[:, None]
-    keep = keep & real[:, None, :, None]
-    counts[..., first : first + R] = keep.sum(-1)
+    blocks = torch.arange(C, dtype=torch.int32, device=keep.device)
+    append(keep & real[:, None, :, None], blocks, first, counts, offsets, ids)
+
+
+def append(
+    keep: Tensor, values: Tensor, first: int, counts: Tensor, offsets: Tensor, ids: Tensor
+) -> None:
+    """List what is kept of ``values [n]``, by ``keep [B, H, R, n]``, for rows from ``first`` on."""
+    rows = slice(first, first + keep.shape[2])
+    counts[..., rows] = keep.sum(-1)
     begin = offsets[..., first : first + 1]
-    ends = counts[..., first : first + R].cumsum(-1, dtype=torch.int32) + begin
-    offsets[..., first + 1 : first + R + 1] = ends
+    offsets[..., first + 1 : rows.stop + 1] = (
+        counts[..., rows].cumsum(-1, dtype=torch.int32) + begin
+    )
     flat = keep.flatten(-2)
     # The last slot takes what is not listed.
-    slots = (flat.cumsum(-1) + (begin - 1)).masked_fill_(~flat, capacity - 1)
-    blocks = torch.arange(C, dtype=torch.int32, device=keep.device).repeat(R).expand(B, H, -1)
-    ids.scatter_(-1, slots, blocks)
+    slots = (flat.cumsum(-1) + (begin - 1)).masked_fill_(~flat, ids.shape[-1] - 1)
+    ids.scatter_(-1, slots, values.expand(keep.shape).flatten(-2))
+
+
+def levels(
+    weights: Tensor, rows: range, limits: Tensor, masses: Sequence[float | Tensor]
+) -> Tensor:
+    """Return the level of each block, 0 to 3, or 4 for those skipped, ``[B, H, R, C]``."""
+    hidden = later(rows, weights.shape[-1], weights.device)
+    weights = weights.masked_fill(hidden, 0.0)
+    order, _ = ranked(weights, rows)
+    before = pad(weights.gather(-1, order).cumsum(-1)[..., :-1], (1, 0))
+    total = weights.sum(-1, keepdim=True)
+    own = torch.arange(rows.start, rows.stop, device=weights.device) + 1
+    rank = torch.arange(weights.shape[-1], device=weights.device)
+    end, found = torch.zeros_like(own), torch.zeros_like(order)
+    for level, (mass, most) in enumerate(zip(masses, limits, strict=True)):
+        everything = mass >= 1.0
+        wanted = ((before < mass * total) | everything).sum(-1).clamp(min=0 if level else 2)
+        end = torch.minimum(torch.maximum(wanted, end), end + most).minimum(own)  # [B, H, R]
+        found += rank >= end[..., None]
+    return torch.empty_like(order).scatter_(-1, order, found).masked_fill_(hidden, 4)
+
+
+def select_levels(
+    weights: Tensor,
+    first: int,
+    limits: Tensor,
+    lengths: Tensor,
+    size: int,
+    tokens: int,
+    masses: Sequence[float | Tensor],
+    exact: Sequence[Tensor],
+    averaged: Sequence[Tensor],
+) -> None:
+    """Write the lists; arguments are those of ``api.select_levels``."""
+    R, C = weights.shape[2:]
+    level = levels(weights, range(first, first + R), limits, masses)
+    real = torch.arange(first, first + R, device=level.device) * size < lengths[:, None]
+    level = level.masked_fill(~real[:, None, :, None], 4)
+    blocks = torch.arange(C, dtype=torch.int32, device=level.device)
+    append(level == 0, blocks, first, *exact)
+    keep, runs, base = [], [], 0
+    for h in (1, 2, 3):
+        each = (size // 8) >> h
+        keep.append((level == h).repeat_interleave(each, -1))
+        runs.append(base + torch.arange(C * each, dtype=torch.int32, device=level.device))
+        base += tokens // (8 << h)
+    append(torch.cat(keep, -1), torch.cat(runs), first, *averaged)
+
+
+def choose_lines(
+    columns: Tensor,
+    diagonals: Tensor,
+    starts: Tensor | None,
+    size: int,
+    nearest: int,
+    verticals: int | Tensor,
+    slashes: int | Tensor,
+    most: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Sort and cut; arguments and results are those of ``api.choose_lines``."""
+    T, N, device = columns.shape[-1], diagonals.shape[-1], columns.device
+    pads = torch.zeros(columns.shape[0], dtype=torch.int64, device=device)
+    pads = (pads if starts is None else starts)[:, None, None]  # [B, 1, 1]
+    positions, distances = torch.arange(T, device=device), torch.arange(N, device=device)
+    tokens = (positions + pads) % T  # where in the batch a position lies
+    mass = columns.gather(-1, tokens.expand_as(columns))
+    mass = mass.masked_fill((positions < size) | (positions >= T - pads), -1.0)
+    chosen = _heaviest(mass, verticals, most[0])
+    mass = diagonals.masked_fill(distances < nearest, torch.inf)
+    mass = mass.masked_fill(distances * size >= T - pads, -1.0)
+    if isinstance(slashes, Tensor):
+        number: int | Tensor = slashes.clamp(min=nearest)
+    else:
+        number = max(slashes, nearest)
+    return chosen, _heaviest(mass, number, most[1]).flip(-1)
+
+
+def _heaviest(mass: Tensor, number: int | Tensor, most: int) -> Tensor:
+    """Return where the heaviest are, ascending, int32 ``[B, H, most]``; n fills up."""
+    n = mass.shape[-1]
+    mass, best = mass.sort(dim=-1, descending=True, stable=True)
+    mass, best = mass[..., :most], best[..., :most]
+    number = number[:, None] if isinstance(number, Tensor) else number
+    over = torch.arange(best.shape[-1], device=mass.device) >= number
+    best = best.masked_fill((mass < 0) | over, n).sort().values
+    return pad(best, (0, most - best.shape[-1]), value=n).int()
 
 
 def list_lines(

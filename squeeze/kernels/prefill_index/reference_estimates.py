@@ -10,6 +10,9 @@ from torch.nn.functional import pad
 
 from squeeze.kernels.prefill_index.reference import later
 
+# Chunks of a query up to which ``route_chunks`` finds one after another.
+FEW = 8
+
 
 def sampled_mass(
     query: Tensor,
@@ -58,6 +61,44 @@ def weigh_cells(
     return weights.unflatten(-1, (-1, cells)).sum(-1).unflatten(2, (-1, cells)).mean(3)
 
 
+def route_chunks(
+    query: Tensor,
+    means: Tensor,
+    real: Tensor,
+    number: float | Tensor,
+    most: int,
+    chunk_size: int,
+    size: int,
+    first: int,
+) -> Tensor:
+    """Count votes; arguments and results are those of ``api.route_chunks``."""
+    most = min(most, means.shape[2])
+    own = torch.arange(first, first + query.shape[2], device=query.device)[:, None] // chunk_size
+    gates = scores(query, means, 1.0, None)  # [B, H, R * size, C]
+    gates.masked_fill_(torch.arange(means.shape[2], device=own.device) >= own, -torch.inf)
+    best = _few_best(gates, most) if 0 < most <= FEW else gates.topk(most).indices
+    rank = torch.arange(most, device=own.device)
+    # As many chunks are earlier as the own one's number.
+    taken = ((rank < own) & (rank < number) & real[:, None, :, None]).expand(best.shape)
+    taken = taken.unflatten(2, (-1, size)).flatten(3)
+    votes = gates.new_zeros(*query.shape[:2], taken.shape[2], means.shape[2])
+    # Sums of ones, so that their order does not matter.
+    votes.scatter_add_(-1, best.unflatten(2, (-1, size)).flatten(3), taken.float())
+    return votes / size
+
+
+def _few_best(x: Tensor, number: int) -> Tensor:
+    """Return where the ``number`` largest are; removes them from ``x``.
+
+    One pass for each takes less time than ``topk``, which passes over the bits of all.
+    """
+    best = []
+    for _ in range(number):
+        best.append(x.argmax(-1, keepdim=True))
+        x.scatter_(-1, best[-1], -torch.inf)
+    return torch.cat(best, -1)
+
+
 def aligned(
     x: Tensor, starts: Tensor | None, size: int, tokens: int | None = None, first: int = 0
 ) -> Tensor:
@@ -91,7 +132,8 @@ def scores(query: Tensor, keys: Tensor, scaling: float, softcap: float | None) -
     ``query`` is ``[B, H, R, D]`` and ``keys`` ``[B, H_kv, C, D]``; head h reads h // (H / H_kv).
     """
     B, H, R, D = query.shape
-    grouped = (query.float() * scaling).reshape(B, keys.shape[1], -1, D)
+    query = query.float() if scaling == 1.0 else query.float() * scaling
+    grouped = query.reshape(B, keys.shape[1], -1, D)
     result = (grouped @ keys.float().mT).view(B, H, R, -1)
     return result if softcap is None else softcap * torch.tanh(result / softcap)
 
@@ -99,10 +141,15 @@ def scores(query: Tensor, keys: Tensor, scaling: float, softcap: float | None) -
 def causal_softmax(logits: Tensor, rows: range) -> Tensor:
     """Softmax over the blocks that a query block may read; 0 elsewhere and where none is.
 
-    ``logits [B, H, R, C]`` belong to the query blocks ``rows``; -inf leaves a block out.
+    ``logits [B, H, R, C]`` belong to the query blocks ``rows`` and are masked in place; -inf leaves
+    a block out.
     """
-    hidden = later(rows, logits.shape[-1], logits.device)
-    return logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num_(0.0)
+    return masked_softmax(logits, later(rows, logits.shape[-1], logits.device))
+
+
+def masked_softmax(logits: Tensor, hidden: Tensor) -> Tensor:
+    """Softmax over what is not ``hidden``, bool ``[R, C]``; ``logits`` are masked in place."""
+    return logits.masked_fill_(hidden, -torch.inf).softmax(-1).nan_to_num_(0.0)
 
 
 def sampled_weights(

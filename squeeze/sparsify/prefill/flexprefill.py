@@ -107,23 +107,22 @@ class Flexprefill:
         trusted = root_divergence(lines, expected) < self.threshold  # [B, H]
         mass = per_head(self.mass, self.heads, query)
         mass = mass.squeeze(-1) if isinstance(mass, Tensor) else mass  # [H, 1]
-        vertical, slash = (self._cover(x, trusted, mass) for x in (lines, diagonals))
-        weigh = pooled_weights(query, keys, span, scaling, softcap)
+        vertical, slash = self._cover(torch.stack((lines, diagonals)), trusted, mass)
+        weigh = pooled_weights(query, keys, span, scaling, softcap, means=k)
+        # Distance d stands at N - 1 - d, so that a row of the map is a window of these.
+        backwards, last = pad(slash.flip(-1), (0, span.blocks)), span.blocks - 1
 
         def lines_and_diagonals(rows: range) -> Tensor:
-            i = torch.arange(rows.start, rows.stop, device=k.device)[:, None]
-            away = (i - torch.arange(rows.stop, device=k.device)).clamp(min=0)
-            return vertical[:, :, None, : rows.stop] | slash[:, :, away]
+            windows = backwards.unfold(-1, rows.stop, 1)
+            windows = windows[:, :, last - rows.stop + 1 : last - rows.start + 1].flip(2)
+            return vertical[:, :, None, : rows.stop] | windows
 
-        N = span.blocks
-        floor = mass_floor(
-            weigh, lengths, size, N, heads=H, mass=mass, first=span.first, begins=span.begins
-        )
+        floor = mass_floor(weigh, span, H, mass)
         index = list_blocks(
             weigh,
             lengths,
             size,
-            N,
+            span.blocks,
             heads=H,
             first=span.first,
             implementation=implementation,
@@ -154,7 +153,7 @@ class Flexprefill:
         return logits.masked_fill(hidden, -torch.inf).softmax(-1)
 
     def _cover(self, weights: Tensor, trusted: Tensor, mass: float | Tensor) -> Tensor:
-        """Mark the fewest blocks that hold ``mass``, or the least budget, bool ``[B, H, N]``."""
+        """Mark the fewest blocks that hold ``mass``, or the least budget, of ``[2, B, H, N]``."""
         values, order = weights.sort(dim=-1, descending=True, stable=True)
         before = pad(values.cumsum(-1)[..., :-1], (1, 0))
         needed = before < mass * values.sum(-1, keepdim=True)

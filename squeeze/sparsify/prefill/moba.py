@@ -10,12 +10,16 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from squeeze.kernels.prefill_index.api import MOST_CHUNKS, route_chunks
 from squeeze.registry import register
-from squeeze.sparsify.estimate import Span, aligned, block_means, scores
-from squeeze.sparsify.index import MIN_LENGTH
-from squeeze.sparsify.selection import PAIR_BYTES, list_blocks, per_head
+from squeeze.sparsify.estimate import FEW, Span, aligned, block_means, pooled_bytes
+from squeeze.sparsify.index import NEVER
+from squeeze.sparsify.selection import list_blocks, per_head
 from squeeze.sparsify.tail import dense_tail
 from squeeze.types import BlockIndex, Implementation
+
+# Whether the kernel that routes was compared with PyTorch's on a GPU; until then that is used.
+ROUTED = False
 
 
 @register(source="https://arxiv.org/abs/2502.13189", year=2025)
@@ -33,7 +37,9 @@ class Moba:
         max_density: Most of its causal blocks that a query block may list; at least 16 blocks.
         max_tokens: Most tokens that a query block may list, at least 16 blocks; 0: no such bound.
         block_size: Tokens per block of the index.
-        min_length: Shorter prompts are attended densely.
+        min_length: Shorter prompts are attended densely; all, unless it is set. On an H200 a
+            selection (``topk``) for every query takes twice as long as cuDNN's dense attention at
+            65536 tokens; that a pass for each chunk of ``top_k`` takes less was not measured.
         dense_queries: Last tokens of the prompt whose queries read everything.
         heads: The chunks per query of each query head in place of ``top_k``; calibration fills it
             in where the recipe has ``attention.mean_density``.
@@ -49,7 +55,7 @@ class Moba:
     chunk_size: Literal[128, 256, 512, 1024, 2048, 4096] = 128
     max_density: Annotated[float, Gt(0), Le(1)] = 0.25
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
+    min_length: Annotated[int, Ge(1)] = NEVER
     dense_queries: Annotated[int, Ge(0)] = 0
     max_tokens: Annotated[int, Ge(0)] = 0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()
@@ -81,18 +87,25 @@ class Moba:
         """
         size, per_chunk = self.block_size, self.chunk_size // self.block_size
         span, H = Span.of(query, keys, starts, size), query.shape[1]
-        lengths, q = span.lengths, span.queries(query)
-        k = block_means(aligned(keys, starts, self.chunk_size), lengths, self.chunk_size)
-        real = (span.query_counts(1) > 0)[:, None, :, None]  # [B, 1, queries, 1]
+        q, k = span.queries(query), self._means(keys, span)
+        real = span.query_counts(1) > 0  # [B, queries]
         earlier = per_head(self.top_k, self.heads, query) - 1  # chunks, beside the own
+        most = math.ceil(max(self.heads, default=self.top_k)) - 1
+        routed = ROUTED and k.shape[2] <= MOST_CHUNKS
+        routing = implementation if routed else Implementation.REFERENCE
 
         def weigh(rows: range) -> Tensor:
-            first, end = rows.start * size, rows.stop * size
-            chunks = -(-rows.stop // per_chunk)
-            gates = scores(span.part(q, rows), k[:, :, :chunks], 1.0, None)
-            routed = self._route(gates, torch.arange(first, end, device=q.device), earlier)
-            routed &= span.part(real, rows)
-            share = routed.unflatten(2, (-1, size)).sum(3) / size  # [B, H, R, chunks]
+            share = route_chunks(
+                span.part(q, rows),
+                k[:, :, : -(-rows.stop // per_chunk)],
+                real[:, (rows.start - span.first) * size : (rows.stop - span.first) * size],
+                earlier,
+                most,
+                self.chunk_size,
+                size,
+                rows.start * size,
+                implementation=routing,
+            )  # [B, H, R, chunks]
             return share.repeat_interleave(per_chunk, -1)[..., : rows.stop]
 
         def own_chunk(rows: range) -> Tensor:
@@ -101,7 +114,7 @@ class Moba:
 
         index = list_blocks(
             weigh,
-            lengths,
+            span.lengths,
             size,
             span.blocks,
             heads=H,
@@ -111,16 +124,20 @@ class Moba:
             most=-(-self.max_tokens // size),
             floor=torch.full((1, 1, 1, 1), 0.5 / size, device=q.device),
             require=own_chunk,
-            pair_bytes=PAIR_BYTES + 24 * size // per_chunk,
+            pair_bytes=self._pair_bytes(most, implementation, routing),
         )
         return dense_tail(index, span.lengths, self.dense_queries)
 
-    def _route(self, gates: Tensor, tokens: Tensor, number: float | Tensor) -> Tensor:
-        """Mark the ``number`` best chunks before each token's, bool ``[B, H, tokens, chunks]``."""
-        chunks = torch.arange(gates.shape[-1], device=gates.device)
-        earlier = chunks < (tokens // self.chunk_size)[:, None]
-        most = min(math.ceil(max(self.heads, default=self.top_k)) - 1, gates.shape[-1])
-        best = gates.masked_fill(~earlier, -torch.inf).topk(most).indices
-        taken = torch.arange(most, device=gates.device) < number
-        routed = torch.zeros_like(gates, dtype=torch.bool)
-        return routed.scatter_(-1, best, taken.expand(best.shape)) & earlier
+    def _means(self, keys: Tensor, span: Span) -> Tensor:
+        """Average the keys of every chunk, float32 ``[B, H_kv, chunks, D]``."""
+        k = aligned(keys, span.starts, self.chunk_size)
+        return block_means(k, span.lengths, self.chunk_size)
+
+    def _pair_bytes(
+        self, most: int, implementation: Implementation, routing: Implementation
+    ) -> int:
+        """Return the scratch memory of a pair of blocks: its gates, the share and the selection."""
+        if routing is Implementation.TRITON:
+            return pooled_bytes(routing)
+        gate = 5 if most <= FEW else 24
+        return pooled_bytes(implementation) + gate * self.block_size**2 // self.chunk_size

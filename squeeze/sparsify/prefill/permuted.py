@@ -9,9 +9,10 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from squeeze.kernels.prefill_index.api import sampled_mass
 from squeeze.registry import register
 from squeeze.sparsify import selection
-from squeeze.sparsify.estimate import Span, aligned, causal_softmax, sampled_weights, scores
+from squeeze.sparsify.estimate import Span, aligned, causal_softmax, pooled_bytes, scores
 from squeeze.sparsify.index import MIN_LENGTH
 from squeeze.sparsify.selection import list_blocks, per_head
 from squeeze.sparsify.tail import dense_tail
@@ -87,7 +88,9 @@ class Permuted:
         size, T, segment = self.block_size, keys.shape[2], self.segment_size
         span, per_segment = Span.of(query, keys, starts, size), segment // size
         rows = range(T - min(query.shape[2], size), T)
-        weights = sampled_weights(query, keys, T - span.lengths, scaling, softcap, rows).sum(-2)
+        weights, _ = sampled_mass(
+            query, keys, starts, scaling, softcap, [rows], size, implementation=implementation
+        )  # [B, H, T]
         order = self._order(aligned(weights[..., None], starts, size).squeeze(-1), T)  # [B, H, P]
         q, k = span.query_means(query), self._means(keys, order, span)
 
@@ -109,6 +112,7 @@ class Permuted:
             implementation=implementation,
             share=self.max_density,
             most=-(-self.max_tokens // size),
+            pair_bytes=pooled_bytes(implementation),
             mass=per_head(self.mass, self.heads, query),
             require=own_segment,
         )

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
-from torch.nn.functional import pad
 
+from squeeze.kernels.prefill_index.api import select_levels
 from squeeze.registry import register
 from squeeze.sparsify.estimate import Span, antidiagonal_bytes, antidiagonal_weights
-from squeeze.sparsify.index import MIN_LENGTH, RUN, compact_segments
-from squeeze.sparsify.selection import (
-    LEAST_BLOCKS,
-    PAIR_BYTES,
-    budget,
-    per_head,
-    ranked,
-    segments,
-)
+from squeeze.sparsify.index import MIN_LENGTH, RUN
+from squeeze.sparsify.selection import LEAST_BLOCKS, budget, per_head, total_budget, triangle
 from squeeze.sparsify.tail import dense_tail
 from squeeze.types import BlockIndex, Implementation
 
@@ -101,74 +93,55 @@ class Pyramid:
             Blocks and averages per query head, made without waiting for the device.
         """
         (B, H), T, size, device = query.shape[:2], keys.shape[2], self.block_size, query.device
-        span, kept = Span.of(query, keys, starts, size), []
-        N, lengths, first = span.blocks, span.lengths, span.first
+        span = Span.of(query, keys, starts, size)
+        N, first = span.blocks, span.first
         call = (query, keys, span, self.stride, scaling, softcap, implementation)
         weigh = antidiagonal_weights(*call)
         full = per_head(self.full, self.heads, query)
-        pair_bytes = max(PAIR_BYTES, antidiagonal_bytes(size, self.stride, implementation))
-        for rows in segments(N, B * H * N * pair_bytes, first):
-            weights = weigh(rows)
-            order, _ = ranked(weights, rows)
-            ends = self._ends(weights.gather(-1, order), rows, full)  # [B, H, R, 4]
-            real = torch.arange(rows.start, rows.stop, device=device) * size < lengths[:, None]
-            exact, averaged = self._most(rows.stop - 1)
-            order = order[..., : min(rows.stop, exact + 3 * averaged)].int()
-            kept.append((order, ends * real[:, None, :, None]))
-        most = [self._most(i) for i in range(first, N)]
-        exact_total, averaged_total = (sum(part) for part in zip(*most, strict=True))
-        offsets, ids = compact_segments(self._exact(kept, N), exact_total, first)
-        each = sum((size >> h) // RUN for h in (1, 2, 3))
-        runs = self._runs(kept, [averaged for _, averaged in most], T)
-        pooled = compact_segments(runs, each * averaged_total, first)
-        index = BlockIndex(size, offsets, ids, pooled_offsets=pooled[0], pooled_ids=pooled[1])
-        return dense_tail(index, lengths, self.dense_queries)
+        exact, averaged = self._lists(B, H, first, N, device)
+        pair_bytes = antidiagonal_bytes(size, self.stride, implementation)
+        for rows in triangle(N, B * H * pair_bytes, first):
+            select_levels(
+                weigh(rows),
+                rows.start,
+                self._limits(rows, device),
+                span.lengths,
+                size,
+                T,
+                (full, self.half, self.quarter, self.eighth),
+                exact,
+                averaged,
+                implementation=implementation,
+            )
+        (_, offsets, ids), (_, pooled_offsets, pooled_ids) = exact, averaged
+        index = BlockIndex(size, offsets, ids, pooled_offsets=pooled_offsets, pooled_ids=pooled_ids)
+        return dense_tail(index, span.lengths, self.dense_queries)
 
-    def _most(self, row: int) -> tuple[int, int]:
-        """Return how many blocks query block ``row`` may read exactly, and at each other level."""
-        exact = budget(row, self.max_density, most=-(-self.max_tokens // self.block_size))
-        return exact, budget(row, self.max_averaged, least=0)
+    def _limits(self, rows: range, device: torch.device) -> Tensor:
+        """Return the most blocks of each level and row, int32 ``[4, R]``."""
+        own = torch.arange(rows.start, rows.stop, device=device).double() + 1
+        exact = (own * self.max_density).ceil()
+        bound = -(-self.max_tokens // self.block_size)
+        most = budget(rows.stop - 1, self.max_density, most=bound)
+        exact = exact.clamp(min=LEAST_BLOCKS, max=most)
+        averaged = (own * self.max_averaged).ceil()
+        return torch.stack((exact, averaged, averaged, averaged)).int()
 
-    def _ends(self, weights: Tensor, rows: range, full: float | Tensor) -> Tensor:
-        """Return the ranks at which each level ends, ``[B, H, R, 4]``, for weights by rank."""
-        own = torch.arange(rows.start, rows.stop, device=weights.device) + 1
-        before = pad(weights.cumsum(-1)[..., :-1], (1, 0))
-        end, ends = torch.zeros_like(own), []
-        for level, mass in enumerate((full, self.half, self.quarter, self.eighth)):
-            if not isinstance(mass, Tensor) and mass == 1.0:
-                wanted = own.expand(weights.shape[:-1])
-            else:
-                wanted = (before < mass * weights.sum(-1, keepdim=True)).sum(-1)
-            share = self.max_averaged if level else self.max_density
-            most = (own.double() * share).ceil().long()
-            most = most if level else most.clamp(min=LEAST_BLOCKS, max=self._most(rows.stop - 1)[0])
-            wanted = wanted.clamp(min=0 if level else 2)
-            end = torch.minimum(torch.maximum(wanted, end), end + most).minimum(own)
-            ends.append(end)
-        return torch.stack(ends, -1)
-
-    def _exact(self, kept: list[tuple[Tensor, Tensor]], N: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the blocks to read exactly, ascending, for ``compact_segments``."""
-        for order, ends in kept:
-            taken = torch.arange(order.shape[-1], device=order.device) < ends[..., :1]
-            ids = order.masked_fill(~taken, N).sort(dim=-1).values
-            yield ids, ids < N
-
-    def _runs(
-        self, kept: list[tuple[Tensor, Tensor]], most: list[int], T: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the runs of averages, as ``BlockIndex`` numbers them, for ``compact_segments``."""
-        last = -1
-        for order, ends in kept:
-            last += order.shape[2]
-            parts = []
-            for h in (1, 2, 3):
-                ranks = ends[..., h - 1, None] + torch.arange(most[last], device=order.device)
-                keep = ranks < ends[..., h, None]  # [B, H, R, W]
-                each = (self.block_size >> h) // RUN
-                base = sum(T // (RUN << level) for level in range(1, h))
-                numbers = order.gather(-1, ranks.clamp(max=order.shape[-1] - 1))[..., None] * each
-                numbers = numbers + torch.arange(base, base + each, device=order.device)
-                keep = keep[..., None].expand_as(numbers)
-                parts.append((numbers.flatten(-2), keep.flatten(-2)))
-            yield torch.cat([part[0] for part in parts], -1), torch.cat([p[1] for p in parts], -1)
+    def _lists(
+        self, B: int, H: int, first: int, N: int, device: torch.device
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return empty counts, offsets and ids of blocks and of averages; the last slot is free."""
+        bound = -(-self.max_tokens // self.block_size)
+        each = sum((self.block_size >> h) // RUN for h in (1, 2, 3))
+        capacities = (
+            total_budget(first, N, self.max_density, most=bound),
+            each * total_budget(first, N, self.max_averaged, least=0),
+        )
+        exact, averaged = (
+            [
+                torch.zeros(B, H, n, dtype=torch.int32, device=device)
+                for n in (N, N + 1, capacity + 1)
+            ]
+            for capacity in capacities
+        )
+        return exact, averaged

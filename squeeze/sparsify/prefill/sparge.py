@@ -13,7 +13,6 @@ from squeeze.registry import register
 from squeeze.sparsify.estimate import (
     Span,
     aligned,
-    block_counts,
     pooled_bytes,
     pooled_weights,
 )
@@ -23,7 +22,7 @@ from squeeze.sparsify.tail import dense_tail
 from squeeze.types import BlockIndex, Implementation
 
 # Float32 values that ``self_similarity`` holds of each one it reads.
-VALUE_BYTES = 12
+VALUE_BYTES = 4
 
 
 @register(source="https://arxiv.org/abs/2502.18137", year=2025)
@@ -97,7 +96,7 @@ class Sparge:
         span = Span.of(query, keys, starts, size)
         lengths, k = span.lengths, aligned(keys, starts, size)
         center = k.sum(2, keepdim=True, dtype=torch.float32) / lengths[:, None, None, None]
-        counts = span.query_counts(1), block_counts(lengths, k.shape[2], 1)
+        counts = span.query_counts(1), span.key_counts(1)
         varied_q = self_similarity(span.queries(query), counts[0], size, None) <= self.similarity
         varied_k = self_similarity(k, counts[1], size, center) <= self.similarity  # [B, H_kv, N]
         groups = query.shape[1] // keys.shape[1]
@@ -130,16 +129,25 @@ def self_similarity(x: Tensor, counts: Tensor, size: int, center: Tensor | None)
     ``aligned`` returns, ``counts`` int64 ``[B, N * size]`` is 1 for its real tokens; ``center
     [B, H, 1, D]`` is subtracted first. Blocks of padding give 0.
     """
-    B, H, D = *x.shape[:2], x.shape[3]
-    tiny, found = torch.finfo(torch.float32).tiny, []
+    (B, H, _, D), real = x.shape, counts[:, None, :, None]  # [B, 1, N * size, 1]
+    total = x.new_empty(B, H, x.shape[2] // size, D, dtype=torch.float32)
+    # Without a center all are found at once.
+    inverse = _inverse_lengths(x, real) if center is None else real
     # In parts: float32 copies of all queries would take more memory than the index.
     for blocks in segments(x.shape[2] // size, VALUE_BYTES * B * H * size * D):
         tokens = slice(blocks.start * size, blocks.stop * size)
-        part, real = x[:, :, tokens], counts[:, None, tokens, None]  # [B, 1, R * size, 1]
-        part = part if center is None else part - center
-        lengths = torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32)
-        units = part * (real / lengths.clamp(min=tiny))
-        total = units.unflatten(2, (-1, size)).sum(3)
-        number = real.unflatten(2, (-1, size)).sum(3).clamp(min=1)  # [B, 1, R, 1]
-        found.append((total / number).square().sum(-1))
-    return torch.cat(found, -1)
+        part = x[:, :, tokens]
+        if center is None:
+            units = part * inverse[:, :, tokens]
+        else:
+            units = part - center
+            units *= _inverse_lengths(units, real[:, :, tokens])
+        total[:, :, blocks.start : blocks.stop] = units.unflatten(2, (-1, size)).sum(3)
+    number = counts.unflatten(1, (-1, size)).sum(-1).clamp(min=1)[:, None, :, None]
+    return (total / number).square().sum(-1)
+
+
+def _inverse_lengths(x: Tensor, real: Tensor) -> Tensor:
+    """Return one over the length of every vector, float32 ``[B, H, T, 1]``; 0 for padding."""
+    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return real / lengths.clamp_(min=torch.finfo(torch.float32).tiny)

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from squeeze.kernels.prefill_index.api import list_lines, sampled_mass
+from squeeze.kernels.prefill_index.api import choose_lines, list_lines, sampled_mass
 from squeeze.registry import register
 from squeeze.sparsify.estimate import Span
 from squeeze.sparsify.index import MIN_LENGTH
@@ -98,31 +97,32 @@ class VerticalSlash:
         T = keys.shape[2]
         if 0 < self.budget_length < T:
             return self._grown(T).index(query, keys, starts, scaling, softcap, implementation)
-        span = Span.of(query, keys, starts, self.block_size)
-        lengths = span.lengths[:, None, None]  # [B, 1, 1]
+        span, size = Span.of(query, keys, starts, self.block_size), self.block_size
         scale = per_head(self.scale, self.heads, query)
+        most = max(self.heads, default=self.scale)
+        nearest = 1 + -(-(self.window_size - 1) // size)
+        samples = self._samples(T, query.shape[2])
         columns, diagonals = sampled_mass(
-            query,
-            keys,
+            query, keys, starts, scaling, softcap, samples, size, implementation=implementation
+        )
+        chosen = choose_lines(
+            columns,
+            diagonals,
             starts,
-            scaling,
-            softcap,
-            self._samples(T, query.shape[2]),
-            self.block_size,
+            size,
+            nearest,
+            _number(self.verticals * scale),
+            _number(self.slashes / size * scale),
+            (
+                min(math.ceil(self.verticals * most), T),
+                min(max(math.ceil(self.slashes / size * most), nearest), span.blocks),
+            ),
             implementation=implementation,
         )
-        chosen = self._choose_columns(columns, T - span.lengths, lengths, scale)
-        distances = self._choose_distances(diagonals, lengths, scale)
         lists = list_lines(
-            chosen,
-            distances,
-            span.lengths,
-            self.block_size,
-            span.blocks,
-            span.first,
-            implementation=implementation,
+            *chosen, span.lengths, size, span.blocks, span.first, implementation=implementation
         )
-        index = BlockIndex(self.block_size, *lists)
+        index = BlockIndex(size, *lists)
         return dense_tail(index, span.lengths, self.dense_queries)
 
     def _grown(self, T: int) -> VerticalSlash:
@@ -141,35 +141,7 @@ class VerticalSlash:
             if last >= T - T_q
         ]
 
-    def _choose_columns(
-        self, mass: Tensor, starts: Tensor, lengths: Tensor, scale: float | Tensor
-    ) -> Tensor:
-        """Return the positions of the best columns, ascending, ``[B, H, V]``; T fills up."""
-        T = mass.shape[-1]
-        positions = torch.arange(T, device=mass.device)
-        tokens = (positions + starts[:, None]) % T  # [B, T], where in the batch a position lies
-        mass = mass.gather(-1, tokens[:, None].expand_as(mass))  # [B, H, T], by position
-        mass = mass.masked_fill((positions < self.block_size) | (positions >= lengths), -1.0)
-        count = min(math.ceil(self.verticals * max(self.heads, default=self.scale)), T)
-        mass, best = mass.topk(count)
-        over = torch.arange(count, device=mass.device) >= _number(self.verticals * scale)
-        return best.masked_fill((mass < 0) | over, T).sort().values
-
-    def _choose_distances(self, mass: Tensor, lengths: Tensor, scale: float | Tensor) -> Tensor:
-        """Return the best distances in blocks, descending, ``[B, H, S]``; N fills up."""
-        N = mass.shape[-1]
-        distances = torch.arange(N, device=mass.device)
-        nearest = 1 + -(-(self.window_size - 1) // self.block_size)
-        mass = mass.masked_fill(distances < nearest, torch.inf)
-        mass = mass.masked_fill(distances * self.block_size >= lengths, -1.0)
-        blocks = self.slashes / self.block_size
-        most = math.ceil(blocks * max(self.heads, default=self.scale))
-        mass, best = mass.topk(min(N, max(most, nearest)))
-        rank = torch.arange(best.shape[-1], device=mass.device)
-        over = (rank >= _number(blocks * scale)) & (rank >= nearest)
-        return best.masked_fill((mass < 0) | over, N).sort(descending=True).values
-
 
 def _number(budget: float | Tensor) -> int | Tensor:
-    """Round a budget, or each head's ``[H, 1, 1]``, up to whole entries; shapes ``[H, 1]``."""
-    return budget.ceil().squeeze(-1) if isinstance(budget, Tensor) else math.ceil(budget)
+    """Round a budget, or each head's ``[H, 1, 1]``, up to whole entries; int32 ``[H]``."""
+    return budget.ceil().int().flatten() if isinstance(budget, Tensor) else math.ceil(budget)

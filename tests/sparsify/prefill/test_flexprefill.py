@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from squeeze.registry import get
+from squeeze.sparsify.estimate import Span
 from squeeze.sparsify.prefill.flexprefill import Flexprefill, root_divergence
 from squeeze.sparsify.selection import mass_floor
 from tests.sparsify.policies import SCALING, check_against, check_dense, choose, inputs, lists
@@ -109,10 +110,9 @@ def test_the_floor_holds_the_mass_and_little_more():
     N, lengths = 40, torch.tensor([40 * 64, 30 * 64 - 5])
     maps = torch.randn(2, 3, N, N, generator=generator).mul(3)
     maps = maps.masked_fill(torch.ones(N, N).triu(1).bool(), -torch.inf).softmax(-1)
-    floor = mass_floor(
-        lambda rows: maps[:, :, rows.start : rows.stop, : rows.stop], lengths, 64, N,
-        heads=3, mass=0.8,
-    )  # fmt: skip
+    starts, begins = N * 64 - lengths, torch.zeros_like(lengths)
+    span = Span(64, N, 0, starts, lengths, begins, N * 64, 0)
+    floor = mass_floor(lambda rows: maps[:, :, rows.start : rows.stop, : rows.stop], span, 3, 0.8)
     for b, blocks in enumerate((40, 30)):
         for h in range(3):
             weights = maps[b, h, :blocks]

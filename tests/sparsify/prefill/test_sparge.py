@@ -112,3 +112,12 @@ def test_similarity_is_the_same_in_parts(monkeypatch):
     parts = [self_similarity(x, counts, 64, c) for c in (None, center)]
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
     assert (whole[0][1, :, 4] == 0).all() and (whole[0][0] > 0).all()
+
+
+def test_what_rows_have_in_common_serves_with_and_without_gradients():
+    # A length of its own, so that the first call makes what the second one uses.
+    query, keys = inputs(1, 2, 1, 777)
+    with torch.inference_mode():
+        first = Sparge(0.8).index(query, keys, None, SCALING)
+    second = Sparge(0.8).index(query.requires_grad_(), keys.requires_grad_(), None, SCALING)
+    assert lists(first, 0, 1) == lists(second, 0, 1)
