@@ -89,7 +89,7 @@ def steps(result: Mapping[str, Any]) -> str:
     layers = result["rows"][0]["layers"]
     conditions = (
         f"a random Llama of {layers} layers in the shape of one of 8B parameters, weights in "
-        f"palettes of 4 bits and the cache of `kv4`, medians of a call of the model and an argmax"
+        "palettes of 4 bits and the cache of `kv4`, medians of a call of the model and an argmax"
     )
     return "\n".join([*lines, "", f"{place(result)}, {conditions}."]) + "\n"
 

@@ -1,9 +1,9 @@
 """The attention function that squeezed models run.
 
 transformers calls one function for every attention layer. Ours reads, from the attention module,
-what the swap attached to it: the first call over an empty cache goes to the prefill policy or to
-the model's own attention, later calls to the packed cache. A later part of a long prompt goes to
-the policy too, over the decoded cache.
+what the swap attached to it: the first call over an empty cache goes to the sparse kernel, by the
+prefill policy or in eight bits, or to the model's own attention, later calls to the packed cache. A
+later part of a long prompt goes to the sparse kernel too, over the decoded cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from squeeze.kernels.block_sparse_attention.sage import Quantize
 from squeeze.sparsify.index import density
 from squeeze.types import BlockIndex, Implementation, Tensors
 
-# A call of at most this many queries over a filled cache is decode: no prefill policy acts in it.
+# A call of at most this many queries over a filled cache is decode: neither a prefill policy nor
+# eight bits act in it.
 DECODE_QUERIES = 128
 SUPPORTED = ("sdpa", "eager")
 

@@ -14,9 +14,9 @@ from squeeze.model_info import SINK_LOGITS, AttentionInfo, ModelInfo, require_pa
 from squeeze.recipe import Recipe
 from squeeze.types import Implementation
 
-# Of heads, where the recipe bounds their mean density; of heads where it asks for eight bits.
-PREFILL_CURVES = "prefill_curves"
-PREFILL_COSINES = "prefill_cosines"
+PREFILL_CURVES = "prefill_curves"  # of heads, where the recipe bounds their mean density
+PREFILL_COSINES = "prefill_cosines"  # of heads, where it asks for eight bits
+# What ``block_sparse_attention`` refuses when called is refused when planning.
 LARGEST_HEAD = 256  # that the kernel takes
 E4M3_CAPABILITY = (8, 9)  # the first that multiplies E4M3
 

@@ -37,7 +37,7 @@ CHUNK = 1 << 20
 def identity(model: Any, cache: PackedCache) -> dict[str, Any]:
     """Say what a prompt's keys and values depend on, as plain data."""
     config = model.config.get_text_config(decoder=True).to_dict()
-    policies = {
+    prefill = {
         str(i): found
         for i, state in model.squeeze_swap.states.items()
         if (found := _prefill(state))
@@ -57,7 +57,7 @@ def identity(model: Any, cache: PackedCache) -> dict[str, Any]:
         "config": {key: value for key, value in config.items() if key not in UNRELATED},
         "weights": weights_checksum(model),
         "kv_cache": layers,
-        "prefill": policies,
+        "prefill": prefill,
     }
     return json.loads(json.dumps(found, default=str))  # type: ignore[no-any-return]
 

@@ -20,7 +20,7 @@ from squeeze.evaluation.eight_bits import (
     measure_cosines,
 )
 from squeeze.kernels.block_sparse_attention.api import block_sparse_attention
-from squeeze.loading import load_model, load_tokenizer
+from squeeze.loading import load_model
 from squeeze.plan import Plan
 from squeeze.plan_prefill import PREFILL_COSINES
 from squeeze.prompt_identity import identity
@@ -180,7 +180,7 @@ def test_parts_over_a_packed_cache_equal_the_reference_with_the_same_calls(polic
         cache.layers[i] = DequantizedLayer(state.spec(), pads)
     logits, expected = in_parts(ours, inputs, None), in_parts(theirs, inputs, cache)
     # Decode, the third part, never comes here; each other part does, in both models' two layers.
-    assert calls.count((300 - 2, 2000, policy is not None, quantize)) == 4
+    assert calls.count((PARTS[3] - PARTS[2], PARTS[3], policy is not None, quantize)) == 4
     assert len(calls) == 2 * 2 * 3
     for row, pad in enumerate(pads):
         error = (logits[row, pad:] - expected[row, pad:]).abs().max()
@@ -264,26 +264,34 @@ def test_budgets_of_heads_are_chosen_first(tmp_path):
     folder = tests.pico.save(tmp_path / "pico")
     policy = {"method": "antidiagonal", "min_length": 128}
     settings = {"prefill": policy, "mean_density": 0.8, "length": 1024, "min_cosine": 0.99}
-    rows = api.run({**eight(**settings), **CACHE}, folder, evaluate=False).plan.prefill
+    steps = []
+    made = api.run(
+        {**eight(**settings), **CACHE}, folder, evaluate=False,
+        progress=lambda what, *_: steps.append(what),
+    )  # fmt: skip
+    assert [what for what in dict.fromkeys(steps) if what in ("budgets", "eight bits")] == [
+        "budgets",
+        "eight bits",
+    ]
+    rows = made.plan.prefill
     assert all(len(row.policy["heads"]) == 2 and row.quantize == "int8" for row in rows)
     assert all(0.99 <= row.cosine < 1 for row in rows)
 
 
 def test_finished_cosines_are_found_again(tmp_path, monkeypatch):
     model, plan = tiny.model("llama"), api.plan(eight(), tiny.model("llama"))
-    tokenizer, texts = load_tokenizer("reference"), ["x y z " * 9000]
     monkeypatch.setattr(
         "squeeze.evaluation.eight_bits.quoting_samples",
         lambda *arguments: tiny.prompt(2, 1200)["input_ids"].tolist(),
     )
     steps = []
     made = choose_layers(
-        model, tokenizer, plan, texts, 0.99, 1200, folder=tmp_path,
+        model, None, plan, [], 0.99, 1200, folder=tmp_path,
         progress=lambda *step: steps.append(step),
     )  # fmt: skip
     assert steps == [("eight bits", 1, 2), ("eight bits", 2, 2)]
     monkeypatch.setattr("squeeze.evaluation.eight_bits.measure_cosines", None)
-    assert choose_layers(model, tokenizer, plan, texts, 0.99, 1200, folder=tmp_path) == made
+    assert choose_layers(model, None, plan, [], 0.99, 1200, folder=tmp_path) == made
 
 
 def test_a_saved_prompt_remembers_the_eight_bits():

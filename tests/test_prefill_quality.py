@@ -40,14 +40,10 @@ def test_eight_bits_have_a_row_and_show_their_cosine(pico):
     assert all(0.99 < value < 1 for heads in cell["cosine"] for value in heads)
     result = results.empty({**results.conditions(settings), "mode": "prefill"})
     results.put(result, row, 512, cell)
-    results.put(result, command.discover()["dense"], 512, measure_dense(pico))
+    dense = command.discover()["dense"]
+    results.put(result, dense, 512, measure(dense, 512, settings, 1))
     least = min(value for heads in cell["cosine"] for value in heads)
     assert f"| {least:.4f} |" in page.table(result).splitlines()[3]
-
-
-def measure_dense(pico):
-    settings = Settings(pico, "cpu", None, windows=1, facts=1)
-    return measure(command.discover()["dense"], 512, settings, 1)
 
 
 def test_rows_are_chosen_and_changed():

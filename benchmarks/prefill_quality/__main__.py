@@ -7,12 +7,12 @@ Run from the repository root::
     python -m benchmarks.prefill_quality --rows antidiagonal --set attention.mean_density=0.2
 
 A cell is one row at one length: perplexity of the last tokens of the validation books and retrieval
-of facts in prefill mode, retrieval in decode mode, density and recall by head. Each cell runs in a
-process of its own, ``--jobs`` at a time, the rows in the order of ``--rows``; afterwards, on a GPU,
-index and kernel of every row are timed alone. Each goes to the file of results as it comes;
-``--fresh`` starts over. With ``--set`` rows get the change's
-name too, so that settings stand beside one another. The tables in ``docs/prefill.md`` are written
-from the file when it is the one in ``benchmarks/results``; ``--rows ""`` does only that.
+of facts in prefill mode, retrieval in decode mode, density, recall and cosine by head. Each cell
+runs in a process of its own, ``--jobs`` at a time, the rows in the order of ``--rows``; afterwards,
+on a GPU, index and kernel of every row are timed alone, on random queries and keys. Each goes to
+the file of results as it comes; ``--fresh`` starts over. With ``--set`` rows get the change's name
+too, so that settings stand beside one another. The tables in ``docs/prefill.md`` are written from
+the file when it is the one in ``benchmarks/results``; ``--rows ""`` does only that.
 """
 
 from __future__ import annotations

@@ -188,8 +188,7 @@ class _Recall(Watcher):
         last = query[:, :, -(query.shape[2] // 4) :]
         call: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
         call["implementation"] = self.implementation
-        options = planned(self.policy, self.implementation)
-        index = self.policy.index(query, keys, None, scaling, softcap, **options)
+        index = self.index(query, keys, scaling, softcap)
         listed, every = (
             block_sparse_attention(last, keys, values, which, **call)[1]
             for which in (replace(index, pooled_offsets=None, pooled_ids=None), None)

@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 
 from squeeze.calibrate import Stats
-from squeeze.errors import CheckpointError
-from squeeze.evaluation.head_budgets import COMPARED, SAMPLES, Watcher, quoting_samples, watching
+from squeeze.evaluation.head_budgets import (
+    COMPARED,
+    SAMPLES,
+    Watcher,
+    quoting_samples,
+    settle,
+    watching,
+)
 from squeeze.evaluation.scoring import Progress, forward, max_positions, scoring
 from squeeze.kernels.block_sparse_attention.api import block_sparse_attention
 from squeeze.plan import Plan
@@ -50,18 +56,14 @@ def choose_layers(
     Raises:
         RecipeError: there is not enough text.
     """
+
+    def measure() -> Stats:
+        tokens = min(length, max_positions(model) or length)
+        rows = quoting_samples(tokenizer, texts, tokens, SAMPLES, seed)
+        return measure_cosines(model, plan.prefill, rows, progress=progress)
+
     path = folder / FILE if folder else None
-    if path is not None and path.is_file():
-        try:
-            return keep_layers(plan, Stats.load(path), min_cosine)
-        except CheckpointError:
-            path.unlink()  # written by a run that was killed before the rename was durable
-    tokens = min(length, max_positions(model) or length)
-    rows = quoting_samples(tokenizer, texts, tokens, SAMPLES, seed)
-    stats = measure_cosines(model, plan.prefill, rows, progress=progress)
-    if path is not None:
-        stats.save(path)
-    return keep_layers(plan, stats, min_cosine)
+    return settle(path, measure, lambda stats: keep_layers(plan, stats, min_cosine))
 
 
 def keep_layers(plan: Plan, stats: Stats, min_cosine: float) -> Plan:

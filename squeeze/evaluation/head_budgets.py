@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -70,18 +70,29 @@ def choose_budgets(
     Raises:
         RecipeError: there is not enough text.
     """
+
+    def measure() -> Stats:
+        tokens = min(length, max_positions(model) or length)
+        rows = quoting_samples(tokenizer, texts, tokens, SAMPLES, seed)
+        return measure_curves(model, plan, rows, progress=progress)
+
     path = folder / FILE if folder else None
+    return settle(path, measure, lambda stats: allocate_prefill(plan, stats, mean_density))
+
+
+def settle(
+    path: Path | None, measure: Callable[[], Stats], decide: Callable[[Stats], Plan]
+) -> Plan:
+    """Decide by what is measured, or by what an earlier run measured and saved at ``path``."""
     if path is not None and path.is_file():
         try:
-            return allocate_prefill(plan, Stats.load(path), mean_density)
+            return decide(Stats.load(path))
         except CheckpointError:
             path.unlink()  # written by a run that was killed before the rename was durable
-    tokens = min(length, max_positions(model) or length)
-    rows = quoting_samples(tokenizer, texts, tokens, SAMPLES, seed)
-    stats = measure_curves(model, plan, rows, progress=progress)
+    stats = measure()
     if path is not None:
         stats.save(path)
-    return allocate_prefill(plan, stats, mean_density)
+    return decide(stats)
 
 
 def quoting_samples(
@@ -144,7 +155,7 @@ def measure_curves(
 
 
 class Watcher:
-    """One attention layer: its policy at every budget, and the sums of what they did."""
+    """One attention layer: its policy, if any, at every budget, and the sums of what they did."""
 
     def __init__(
         self, model: Any, name: str, policy: dict[str, Any] | None, implementation: str

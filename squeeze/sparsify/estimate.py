@@ -111,7 +111,7 @@ def _repeated(number: int, rows: int, device: torch.device) -> Tensor:
 def _alike(
     tokens: int, before: int, rows: int, first: int, end: int, size: int, device: torch.device
 ) -> Tensor:
-    """Return ``Span.query_counts`` of rows without padding."""
+    """Return ``Span.query_counts`` of rows without padding, or ``key_counts`` where before is 0."""
     lengths, begins = (_repeated(n, rows, device) for n in (tokens, before))
     counts = block_counts(lengths, end, size) - block_counts(begins, end, size)
     return counts[:, first:].clamp(min=0)
@@ -187,6 +187,8 @@ def pooled_weights(
 
 def pooled_bytes(implementation: Implementation) -> int:
     """Return the scratch memory of ``pooled_weights`` and a selection per pair of blocks."""
+    # Three float32 numbers at a time, of scores, their bound and their softmax; what the kernels
+    # take besides does not grow with the rows.
     return 12 if implementation is Implementation.TRITON else PAIR_BYTES
 
 

@@ -12,11 +12,11 @@ from squeeze.kernels.prefill_index.reference import compact as compact
 from squeeze.types import BlockIndex
 
 # Tokens from which policies act by default. On an H200 against cuDNN's dense attention, 32 query
-# heads of 128: at 8192 tokens estimating alone takes 0.95 to 3.9 times as long, at 16384
-# ``vertical_slash`` takes 1.3 times as long in all, at 32768 0.52 times; they meet near 20000.
+# heads of 128, ``vertical_slash`` and the portable kernel run 0.97 times as fast at 16384 tokens
+# (0.92 ms for the index and 2.6 against 3.5) and 4.6 times at 65536; they meet soon after 16384.
 MIN_LENGTH = 20480
-# The same for a policy that takes longer to make its index than dense attention does at any length,
-# because both grow with the square: a prompt of so many tokens there is not.
+# The same for a policy whose index was measured to take longer than dense attention. Both grow with
+# the square of the length, so no length helps: a prompt of so many tokens there is not.
 NEVER = 1 << 30
 COLUMN_TILE = 64
 RUN = 8  # averages in one run of ``BlockIndex.pooled_ids``

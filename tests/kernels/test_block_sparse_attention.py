@@ -343,6 +343,21 @@ def test_both_kernels_agree_on_a_gpu(quantize, size, columns, monkeypatch):
     assert torch.equal(ours[1].isinf(), plain[1].isinf())
 
 
+def test_hopper_copies_what_it_cannot_address():
+    pytest.importorskip("triton")
+    from squeeze.kernels.block_sparse_attention import hopper
+
+    def strided(*strides):
+        shape = (1, 2, 4, 128)
+        return torch.empty_strided(shape, strides, dtype=torch.bfloat16, device="meta")
+
+    fine = strided(1024, 128, 256, 1)
+    assert hopper._aligned(fine) is fine
+    # Channels apart, rows off pieces of 16 bytes, and rows whose offsets take more than 32 bits.
+    for bad in (strided(1024, 512, 1, 4), strided(1024, 128, 260, 1), strided(0, 128, 1 << 29, 1)):
+        assert hopper._aligned(bad).stride() == (1024, 512, 128, 1)
+
+
 def test_hopper_covers_what_was_compared():
     pytest.importorskip("triton")
     from squeeze.kernels.block_sparse_attention.hopper import covers

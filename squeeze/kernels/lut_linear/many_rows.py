@@ -56,9 +56,14 @@ def faster(rows: int, out_features: int, processors: int) -> bool:
     Counted in turns of the multiprocessors, a tile of outputs each. The library has smaller tiles
     where these leave much idle: its product takes the turns that its outputs would fill.
     """
-    tiles = triton.cdiv(rows, TOKENS) * triton.cdiv(out_features, OUTPUTS)
     library = rows * out_features / (processors * TOKENS * OUTPUTS)
-    return triton.cdiv(tiles, processors) <= library + out_features / DECODED
+    turns = triton.cdiv(_tiles(rows, out_features), processors)
+    return turns <= library + out_features / DECODED
+
+
+def _tiles(rows: int, out_features: int) -> int:
+    """Count the tiles of y."""
+    return triton.cdiv(rows, TOKENS) * triton.cdiv(out_features, OUTPUTS)
 
 
 def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tensor:
@@ -76,9 +81,8 @@ def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tenso
     y = x.new_empty(len(x), out_features)
     x_layout = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
     y_layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    tiles = triton.cdiv(len(x), TOKENS) * triton.cdiv(out_features, OUTPUTS)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    gluon_many.multiply[(min(tiles, processors),)](
+    gluon_many.multiply[(min(_tiles(len(x), out_features), processors),)](
         TensorDescriptor.from_tensor(x, [TOKENS, TILE], x_layout),
         TensorDescriptor.from_tensor(y, [TOKENS, OUTPUTS // 2], y_layout),
         weight.indices, weight.codebook, weight.scale, bias, len(x), out_features,

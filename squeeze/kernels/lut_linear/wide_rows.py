@@ -13,11 +13,13 @@ from torch import Tensor
 from squeeze.kernels.lut_linear import few_rows, gluon_wide_layout
 from squeeze.types import ClusteredWeight
 
-ROWS = range(0)  # rows of x for which this is the kernel to choose
+ROWS = range(0)  # rows of x for which this is the kernel to choose: none before it was measured
 SHARED_BYTES = 226 * 1024  # of a program, which has a multiprocessor to itself
 # Microseconds: a warpgroup's step of 512 channels of 4-bit weights, 16 rows of x; turning 512
 # channels of two rows to bytes; adding up slices, and a million partial outputs.
 STEP, SPLIT, SLICES, PARTS = 0.53, 0.035, 2.5, 2.0
+# Times that: a step of entries of two bytes, and of a program of eight warps.
+TWO_PIECES, EIGHT_WARPS = 1.6, 1.1
 COLUMNS = {8: 0.95, 16: 1.0, 32: 1.4, 64: 2.2}  # what a step takes by rows of x
 UNDER_WAY = 40  # KB of indices on their way for which memory takes no longer than its rate
 
@@ -112,7 +114,7 @@ def _divisions(
     x_rows = max(8, triton.next_power_of_2(count))
     for slices, steps in few_rows.slicings(triton.cdiv(u, few_rows.STEP_WORDS), programs):
         for warps in (8, 16) if x_rows * pieces**2 <= 32 else (8,):  # as registers suffice
-            for across in (1, 2, 4)[: warps // 4 - warps // 16]:
+            for across in (a for a in (1, 2, 4) if 4 * a <= warps):
                 shape = _shape(
                     x_rows, slices, steps, across, warps, out_features, pieces, bits, programs
                 )
@@ -142,8 +144,9 @@ def _shape(
 def _cost(shape: Shape, count: int, out_features: int, pieces: int, bits: int) -> float:
     """Microseconds, as fitted to measurements on an H200."""
     groups = shape.warps // 4 // shape.across
-    step = STEP * COLUMNS[shape.x_rows] * max(bits, 3) / 4 * (1.6 if pieces == 2 else 1.0)
-    step *= max(1.0, UNDER_WAY / (shape.warps * shape.depth)) * (1.1 if shape.warps == 8 else 1.0)
+    step = STEP * COLUMNS[shape.x_rows] * max(bits, 3) / 4 * (TWO_PIECES if pieces == 2 else 1.0)
+    step *= max(1.0, UNDER_WAY / (shape.warps * shape.depth))
+    step *= EIGHT_WARPS if shape.warps == 8 else 1.0
     turns = shape.own // groups * triton.cdiv(shape.steps, shape.across)
     cost = turns * shape.warps // 4 * step + SPLIT * shape.steps * shape.x_rows / 2
     if shape.slices > 1:

@@ -139,5 +139,5 @@ class Moba:
         """Return the scratch memory of a pair of blocks: its gates, the share and the selection."""
         if routing is Implementation.TRITON:
             return pooled_bytes(routing)
-        gate = 5 if most <= FEW else 24
+        gate = 5 if most <= FEW else 24  # a number and its mask; what ``topk`` sorts, too
         return pooled_bytes(implementation) + gate * self.block_size**2 // self.chunk_size

@@ -21,7 +21,7 @@ from squeeze.sparsify.selection import list_blocks, per_head, segments
 from squeeze.sparsify.tail import dense_tail
 from squeeze.types import BlockIndex, Implementation
 
-# Float32 values that ``self_similarity`` holds of each one it reads.
+# Of the float32 copy that ``self_similarity`` makes of each value it reads.
 VALUE_BYTES = 4
 
 
