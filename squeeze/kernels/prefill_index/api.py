@@ -13,7 +13,8 @@ from torch import Tensor
 
 from squeeze.errors import UnsupportedError
 from squeeze.kernels.linear_checks import require_triton
-from squeeze.kernels.prefill_index import reference, reference_estimates
+from squeeze.kernels.prefill_index import reference, reference_elements, reference_estimates
+from squeeze.kernels.prefill_index.reference_elements import rounded as rounded
 from squeeze.types import Implementation
 
 OP = "prefill_index"
@@ -119,6 +120,102 @@ def weigh_cells(
 
         return cells.weigh_cells(*call)
     return reference_estimates.weigh_cells(*call)
+
+
+@torch.no_grad()
+def round_queries(
+    query: Tensor,
+    keys: Tensor,
+    mean: Tensor,
+    key_mean: Tensor,
+    begins: Tensor,
+    lengths: Tensor,
+    size: int,
+    first: int,
+    scaling: float,
+    softcap: float | None,
+    bits: int,
+    *,
+    implementation: Implementation = Implementation.REFERENCE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round queries to few bits, and sum the exact scores of the keys near them.
+
+    Args:
+        query: By position, from block ``first`` on, whole blocks, ``[B, H, n * size, D]``.
+        keys: By position, whole blocks, ``[B, H_kv, N * size, D]``.
+        mean: Taken off the queries that are rounded, float32 ``[B, H, 1, D]``.
+        key_mean: Taken off the keys, float32 ``[B, H_kv, 1, D]``.
+        begins: Position of each row's first query, int64 ``[B]``.
+        lengths: Real tokens of each row, int64 ``[B]``.
+        size: Tokens per block.
+        first: Block that holds the first query.
+        scaling, softcap, implementation: As for ``sampled_mass``.
+        bits: Of the integers, 2 to 8.
+    Returns:
+        Integers ``[B, H, n * size, D]``, int8 or, where that multiplies faster, float8_e4m3fn; the
+        scale of each token times ``scaling``, float32 ``[B, H, n * size]``; and ln l_i, l_i the sum
+        of exp(score) over block 0, the own one up to the query and the one before, likewise,
+        infinite where there is no query.
+    Raises:
+        ValueError: shapes that do not fit, or ``auto``.
+        DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
+    """
+    if query.shape[2] % size or keys.shape[2] < query.shape[2] + first * size:
+        raise ValueError(f"{OP}: queries {tuple(query.shape)} with keys {tuple(keys.shape)}")
+    call = (query, keys, mean, key_mean, begins, lengths, size, first, scaling, softcap, bits)
+    if _by_triton(query, implementation):
+        from squeeze.kernels.prefill_index import elements
+
+        return elements.round_queries(*call)
+    return reference_elements.round_queries(*call)
+
+
+@torch.no_grad()
+def weigh_elements(
+    codes: Tensor,
+    scales: Tensor,
+    totals: Tensor,
+    key_codes: Tensor,
+    key_scales: Tensor,
+    added: Tensor,
+    size: int,
+    first: int,
+    softcap: float | None,
+    rows: range,
+    *,
+    implementation: Implementation = Implementation.REFERENCE,
+) -> Tensor:
+    """Find the largest relative score of each pair of blocks by a low-bit estimate of all.
+
+    With s_ij = scales_i * key_scales_j * (codes_i . key_codes_j) + added_j, the sum of products
+    exact: max over the queries i of a block and the keys j of another of s_ij - totals_i, s_ij
+    bounded by ``softcap`` before.
+
+    Args:
+        codes, scales, totals: What ``round_queries`` returned.
+        key_codes: Integers of at most 8 bits, int8 ``[B, H_kv, N * size, D]``.
+        key_scales: float32 ``[B, H_kv, N * size]``.
+        added: float32 ``[B, H, N * size]``.
+        size, first, softcap, implementation: As for ``round_queries``.
+        rows: Query blocks, by position.
+    Returns:
+        float32 ``[B, H, len(rows), rows.stop]``; undefined after a query block's own, where it also
+        counts keys after the query.
+    Raises:
+        ValueError: shapes that do not fit, or ``auto``.
+        DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
+    Cost: T^2 / 2 eight-bit products of head size per head and all rows; nothing kept but what is
+        returned (``reference``: float32 products, by parts of 256 MiB).
+    """
+    queries = codes.shape[2] // size + first
+    if rows.start < first or rows.stop > queries or key_codes.shape[2] < rows.stop * size:
+        raise ValueError(f"{OP}: blocks {rows} of {queries} and keys {tuple(key_codes.shape)}")
+    call = (codes, scales, totals, key_codes, key_scales, added, size, first, softcap, rows)
+    if _by_triton(scales, implementation):
+        from squeeze.kernels.prefill_index import elements
+
+        return elements.weigh_elements(*call)
+    return reference_elements.weigh_elements(*call)
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from squeeze.kernels.prefill_index.api import rounded
 from squeeze.registry import get
-from squeeze.sparsify.prefill.sale import Sale, rounded
+from squeeze.sparsify.prefill.sale import Sale
 from tests.sparsify.policies import (
     SCALING,
     check_against,
@@ -61,7 +62,9 @@ def test_against_the_words(T, heads, threshold, bits, size, starts):
 
 def test_rounding_by_hand():
     x = torch.tensor([[7.0, -3.4, 0.6], [0.0, 0.0, 0.0]])
-    assert rounded(x, 4).tolist() == [[7.0, -3.0, 1.0], [0.0, 0.0, 0.0]]
+    codes, scale = rounded(x, 4)
+    assert codes.dtype == torch.int8 and codes.tolist() == [[7, -3, 1], [0, 0, 0]]
+    assert scale.tolist() == [1.0, 0.0]
 
 
 def test_one_heavy_element_keeps_its_block():
