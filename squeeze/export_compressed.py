@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from squeeze import atomic
 from squeeze.errors import UnsupportedError
-from squeeze.kernels.integer_linear.api import signed_codes
+from squeeze.kernels.integer_linear.api import scales, signed_codes
 from squeeze.linear import reconstruct
 from squeeze.swapping import Artifacts
 from squeeze.types import ClusteredWeight, IntegerWeight, Tensors
@@ -112,8 +112,7 @@ def _channels(name: str, weight: ClusteredWeight) -> tuple[Tensors, Scheme]:
     tensors = {"weight": entries, "weight_scale": weight.scale.float().view(-1, 1)}
     group = {"weights": _scheme(8, True, None, kind)}
     if weight.inputs:
-        tokens = {"strategy": "token", "dynamic": True}
-        group["input_activations"] = _scheme(8, True, None, "float") | tokens
+        group["input_activations"] = _float8_tokens()
     return tensors, (group, CHANNELS[kind])
 
 
@@ -135,7 +134,7 @@ def _integers(name: str, weight: IntegerWeight, dtype: torch.dtype) -> tuple[Ten
             "Set scaling: none for this module, or use --format squeeze",
         )
     codes, zeros = signed_codes(weight)
-    scale = weight.scale.float()
+    scale = scales(weight).float()
     narrow = scale.to(dtype)  # the dtype that readers compute in, where it holds the scales
     tensors = {
         "weight_packed": _pack(codes, weight.bits),
@@ -144,8 +143,15 @@ def _integers(name: str, weight: IntegerWeight, dtype: torch.dtype) -> tuple[Ten
     }
     if weight.zero is not None:
         tensors["weight_zero_point"] = _pack(zeros.t(), weight.bits).t().contiguous()
-    scheme = _scheme(weight.bits, weight.zero is None, group_size)
-    return tensors, ({"weights": scheme}, INTEGERS)
+    group = {"weights": _scheme(weight.bits, weight.zero is None, group_size)}
+    if weight.row_scale is not None:
+        group["input_activations"] = _float8_tokens()
+    return tensors, (group, INTEGERS)
+
+
+def _float8_tokens() -> dict[str, Any]:
+    """Describe inputs that the reader rounds to E4M3, each token under its own scale."""
+    return _scheme(8, True, None, "float") | {"strategy": "token", "dynamic": True}
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:

@@ -159,6 +159,7 @@ class IntegerLinear(PackedLinear):
     scale: Tensor
     zero: Tensor | None
     exponents: Tensor | None
+    row_scale: Tensor | None
 
     def __init__(
         self,
@@ -168,7 +169,7 @@ class IntegerLinear(PackedLinear):
     ) -> None:
         super().__init__(weight, bias, implementation)
         self.group_size, self.folded = weight.group_size, weight.folded
-        for name in ("zero", "exponents"):
+        for name in ("zero", "exponents", "row_scale"):
             if getattr(weight, name) is None:
                 self.register_buffer(name, None)
 
@@ -184,6 +185,7 @@ class IntegerLinear(PackedLinear):
             self.group_size,
             (self.out_features, self.in_features),
             self.folded,
+            self.row_scale,
         )
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:

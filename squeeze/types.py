@@ -192,7 +192,7 @@ class IntegerWeight:
     Attributes:
         codes: int32 ``[out, groups * group_size * bits / 32]``, each group packed by
             ``squeeze.kernels.bits``, the last one padded.
-        scale: float16 ``[out, groups]``.
+        scale: float16 ``[out, groups]``; where ``row_scale`` is given uint8, the bits of E4M3.
         zero: uint8 ``[out, groups]``, or ``None`` where it is ``2**(bits - 1)``.
         exponents: int8 ``[in]``, or ``None`` where no column was scaled before rounding.
         bits: Width of one code, 2 to 8.
@@ -200,6 +200,8 @@ class IntegerWeight:
         shape: ``(out, in)`` of the dense matrix.
         folded: What makes the inputs divides them by ``2**exponents`` already; then these are
             stored to be undone and are no part of ``W``.
+        row_scale: float32 ``[out]``, powers of two that multiply each row's scales; then each
+            token's inputs are rounded to E4M3 under a scale of their own. ``None``: neither.
     """
 
     codes: Tensor
@@ -210,6 +212,7 @@ class IntegerWeight:
     group_size: int
     shape: tuple[int, int]
     folded: bool = False
+    row_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -224,7 +227,11 @@ class IntegerWeight:
     def tensors(self) -> Tensors:
         """Name the stored tensors."""
         return _present(
-            codes=self.codes, scale=self.scale, zero=self.zero, exponents=self.exponents
+            codes=self.codes,
+            scale=self.scale,
+            zero=self.zero,
+            exponents=self.exponents,
+            row_scale=self.row_scale,
         )
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> IntegerWeight:

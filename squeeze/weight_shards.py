@@ -51,7 +51,9 @@ def rows_of(weight: PackedWeight, index: int, size: int) -> PackedWeight:
     rows = slice(index * count, (index + 1) * count)
     changed: dict[str, Any] = {"shape": (count, weight.shape[1])}
     stored = (
-        ("codes", "scale", "zero") if isinstance(weight, IntegerWeight) else ("indices", "scale")
+        ("codes", "scale", "zero", "row_scale")
+        if isinstance(weight, IntegerWeight)
+        else ("indices", "scale")
     )
     for name in stored:
         tensor = getattr(weight, name)
@@ -106,6 +108,7 @@ def _integer_columns(weight: IntegerWeight, columns: slice) -> IntegerWeight:
         scale=weight.scale[:, group],
         zero=None if weight.zero is None else weight.zero[:, group],
         exponents=None if weight.exponents is None else weight.exponents[columns].clone(),
+        row_scale=None if weight.row_scale is None else weight.row_scale.clone(),
         group_size=size,
         shape=(weight.shape[0], count),
     )

@@ -1,5 +1,7 @@
 """Parts of packed weights: the values of the whole, wherever the cut falls."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,12 +53,20 @@ def integers(out, size, width, group, zero=True, exponents=True):
     )
 
 
+def float8_integers(out, size, group):
+    weight = integers(out, size, 4, group)
+    scale = torch.randint(1, 120, weight.scale.shape).to(torch.uint8)  # the bits of E4M3
+    row = torch.exp2(torch.randint(-15, -8, (out,)).float())
+    return replace(weight, scale=scale, row_scale=row)
+
+
 WEIGHTS = {
     "a codebook a row": lambda: clustered(24, 96, 4, 1, 96),
     "one codebook": lambda: clustered(24, 96, 3, 64, 128),
     "runs across the cut": lambda: clustered(24, 96, 2, 8, 36),
     "scales and outliers": lambda: clustered(24, 192, 4, 1, 192, scale=True, outliers=40),
     "odd columns": lambda: clustered(12, 90, 5, 4, 90, outliers=1),
+    "integers under E4M3 scales": lambda: float8_integers(24, 192, 64),
     "integers by row": lambda: integers(24, 96, 4, 96),
     "integers in groups": lambda: integers(24, 192, 3, 32, zero=False),
     "groups across the cut": lambda: integers(24, 192, 4, 128),

@@ -13,6 +13,7 @@ import torch
 
 from squeeze.errors import DeviceError
 from squeeze.kernels.bits import pack
+from squeeze.kernels.float8_linear.reference import round_inputs, rounded_inputs
 from squeeze.kernels.integer_linear.api import integer_linear, reconstruct, signed_codes
 from squeeze.types import Implementation, IntegerWeight
 
@@ -40,6 +41,14 @@ def packed(rows, columns, bits, group_size=32, zero=True, scaled=False, device="
         (rows, columns),
     )
     return weight, codes.flatten(1)[:, :columns]
+
+
+def float8_packed(rows, columns, bits, group_size=32, zero=True, scaled=False, device="cpu"):
+    """A random weight under E4M3 scales, and its codes."""
+    weight, codes = packed(rows, columns, bits, group_size, zero, scaled, device)
+    scale = (weight.scale.float() * 2**13).to(torch.float8_e4m3fn).view(torch.uint8)
+    row = torch.exp2(torch.randint(-15, -10, (rows,)).float()).to(device)
+    return replace(weight, scale=scale, row_scale=row), codes
 
 
 def guarded(tensor):
@@ -143,6 +152,58 @@ def test_kernel_ignores_folded_exponents():
     torch.testing.assert_close(y, integer_linear(x, weight))
 
 
+def test_float8_inputs_multiply_sums_of_groups_by_e4m3_scales():
+    weight, codes = float8_packed(7, 100, 4)
+    x, bias = torch.randn(3, 100).double(), torch.randn(7).double()
+    tokens, token_scale = round_inputs(x)
+    products = tokens.double()[:, None] * (codes.double() - weight.zero[:, torch.arange(100) // 32])
+    sums = torch.nn.functional.pad(products, (0, 28)).unflatten(2, (-1, 32)).sum(-1)
+    scale = weight.scale.view(torch.float8_e4m3fn).double() * weight.row_scale.double()[:, None]
+    expected = (sums * scale).sum(-1) * token_scale + bias
+    torch.testing.assert_close(integer_linear(x, weight, bias), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_under_e4m3_scales_are_exact_in_sixteen_bits(dtype):
+    weight, _ = float8_packed(7, 100, 4)
+    dense = reconstruct(weight)
+    assert torch.equal(dense.to(dtype).float(), dense)
+
+
+FLOAT8_CASES = [
+    (1, 4, 64, False, torch.float16),
+    (3, 3, 96, True, torch.float32),
+    (16, 4, 160, False, torch.float16),
+    (17, 2, 32, True, torch.float32),
+    (257, 4, 64, True, torch.float16),
+]
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("rows", "bits", "group_size", "zero", "dtype"), FLOAT8_CASES)
+def test_kernels_with_float8_inputs_match_float64(rows, bits, group_size, zero, dtype):
+    weight, _ = float8_packed(13, 150, bits, group_size, zero, scaled=zero)
+    x, bias = guarded(torch.randn(rows, 150).to(dtype)), torch.randn(13).to(dtype)
+    y = integer_linear(x, weight, bias, implementation=Implementation.TRITON)
+    assert y.dtype == dtype
+    assert not torch.equal(rounded_inputs(x), x)
+    assert_close(y, rounded_inputs(x), weight, bias)  # rounding twice is rounding once
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "shape", "zero"),
+    list(itertools.product((1, 3, 16, 100, 300), ((333, 1000), (2176, 4096)), (True, False))),
+)
+def test_kernels_with_float8_inputs_match_float64_on_the_gpu(rows, shape, zero):
+    for dtype in (torch.bfloat16, torch.float16):
+        weight, _ = float8_packed(*shape, 4, 128, zero, scaled=zero, device="cuda")
+        x = guarded(torch.randn(rows, shape[1], dtype=dtype, device="cuda"))
+        bias = torch.randn(shape[0], dtype=dtype, device="cuda")
+        y = integer_linear(x, weight, bias, implementation=Implementation.TRITON)
+        assert_close(y, rounded_inputs(x), weight, bias)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("rows", "bits", "group_size", "zero"),
@@ -198,6 +259,8 @@ def test_contradictions_are_refused():
         integer_linear(torch.ones(2, 63), weight)
     with pytest.raises(ValueError, match=r"scale is \(6, 1\), not \(6, 2\)"):
         integer_linear(torch.ones(2, 64), replace(weight, scale=weight.scale[:, :1]))
+    with pytest.raises(ValueError, match=r"scale is torch\.float16, not torch\.uint8"):
+        integer_linear(torch.ones(2, 64), replace(weight, row_scale=torch.ones(6)))
     with pytest.raises(ValueError, match="resolved while planning"):
         integer_linear(torch.ones(2, 64), weight, implementation=Implementation.AUTO)
     with pytest.raises(DeviceError, match="float64"):

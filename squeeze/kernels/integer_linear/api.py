@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,11 @@ def signed_codes(weight: IntegerWeight) -> tuple[Tensor, Tensor]:
     return codes, zeros
 
 
+def scales(weight: IntegerWeight) -> Tensor:
+    """Return the scale of every group, float16 ``[out, groups]``."""
+    return reference.scales(weight)
+
+
 def integer_linear(
     x: Tensor,
     weight: IntegerWeight,
@@ -35,10 +42,12 @@ def integer_linear(
 
     Args:
         x: ``[..., in]``, float16, bfloat16 or float32; the reference also takes float64.
-        weight: ``[out, in]`` on the device of ``x``.
+        weight: ``[out, in]`` on the device of ``x``. With ``row_scale``, tokens are rounded to E4M3
+            first, each under its own power of two.
         bias: ``[out]`` or ``None``.
         implementation: ``reference`` forms the dense weight of this layer for the call; ``triton``
-            decodes tiles in registers. ``auto`` belongs to the plan and is refused here.
+            decodes tiles in registers. ``auto`` belongs to the plan and is refused here. Rounded
+            tokens and such weights are exact in bfloat16, and multiplied as such by ``triton``.
     Returns:
         ``[..., out]`` in the dtype of ``x``.
     Raises:
@@ -54,6 +63,12 @@ def integer_linear(
     require_triton("integer_linear", x)
     from squeeze.kernels.integer_linear import triton
 
+    if weight.row_scale is not None:
+        from squeeze.kernels.float8_linear.triton import rounded_inputs
+
+        # Before the kernel that rounds: few rows need one between what writes a scale and theirs.
+        weight = replace(weight, scale=reference.scales(weight), row_scale=None)
+        x = rounded_inputs(x)
     return triton.integer_linear(x, weight, bias)
 
 
@@ -69,10 +84,14 @@ def _check(x: Tensor, weight: IntegerWeight, bias: Tensor | None) -> None:
         "scale": (weight.scale, (out_features, groups)),
         "zero": (weight.zero, (out_features, groups)),
         "exponents": (weight.exponents, (in_features,)),
+        "row_scale": (weight.row_scale, (out_features,)),
         "bias": (bias, (out_features,)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, not {shape}")
+    stored = torch.float16 if weight.row_scale is None else torch.uint8
+    if weight.scale.dtype != stored:
+        raise ValueError(f"scale is {weight.scale.dtype}, not {stored}")
     if weight.codes.device != x.device:
         raise ValueError(f"x is on {x.device}, the weight on {weight.codes.device}")

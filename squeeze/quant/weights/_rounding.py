@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # columns whose errors wait before they reach the columns after them
+E4M3 = 448.0  # its largest value
+TOP = 8  # exponent under which a row's largest E4M3 scale is kept: grids of GPTQ still grow
 TRIES = 8  # dampings, each ten times the one before, until the Hessian has a Cholesky factor
 
 
@@ -38,31 +40,60 @@ class Grid:
         return Grid(self.scale[:, group], self.zero[:, group], self.levels)
 
 
-def fit_grid(groups: Tensor, bits: int, symmetric: bool) -> Grid:
-    """Span the values of every group, zero included, without clipping any.
+def fit_grid(groups: Tensor, bits: int, symmetric: bool, row: Tensor | None = None) -> Grid:
+    """Span the values of every group, zero included.
+
+    Without ``row`` none is clipped; scales rounded down to E4M3 clip the largest by up to a step.
 
     Args:
         groups: float32 ``[out, n, G]``.
         bits: Width of a code.
         symmetric: Zero at the middle code; else at the code where the range puts it.
+        row: float32 ``[out]``, see ``row_scales``: scales are E4M3 values times these.
     Returns:
-        A grid of ``[out, n]``. Groups of zeros have scale 1.
+        A grid of ``[out, n]``. Groups of zeros have scale 1, times ``row``.
     """
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     levels = 2**bits
+    scale = _representable(_steps(low, high, bits, symmetric), row)
     if symmetric:
-        middle = levels // 2
-        scale = _representable(torch.maximum(high / (middle - 1), -low / middle))
-        return Grid(scale, torch.full_like(scale, middle), levels)
-    scale = _representable((high - low) / (levels - 1))
+        return Grid(scale, torch.full_like(scale, levels // 2), levels)
     return Grid(scale, torch.round(-low / scale).clamp(0, levels - 1), levels)
 
 
-def _representable(scale: Tensor) -> Tensor:
+def row_scales(weight: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Choose powers of two under which E4M3 holds the scales of every row's groups.
+
+    A row's largest scale is at most 256 of them, so that others may be 2**17 times smaller. E4M3
+    times these is exact in float16.
+
+    Args:
+        weight: float32 ``[out, in]``.
+    Returns:
+        float32 ``[out]``.
+    """
+    low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+    exponent = _steps(low, high, bits, symmetric).log2().ceil() - TOP
+    return torch.exp2(exponent.clamp(-15, 7))  # 2**-9 * 2**-15 and 448 * 2**7 are float16's ends
+
+
+def _steps(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Give the least even steps that reach from ``low`` to ``high``."""
+    middle = 2 ** (bits - 1)
+    if symmetric:
+        return torch.maximum(high / (middle - 1), -low / middle)
+    return (high - low) / (2**bits - 1)
+
+
+def _representable(scale: Tensor, row: Tensor | None) -> Tensor:
     """Round to what float16 and bfloat16 both hold, kept in float32; 0 becomes 1.
 
-    Both, so that readers which keep scales in the model's dtype see the same weights.
+    Both, so that readers which keep scales in the model's dtype see the same weights. With ``row``
+    to E4M3 values times it.
     """
+    if row is not None:
+        own = torch.where(scale > 0, scale / row[:, None], 1.0).clamp(2.0**-9, E4M3)
+        return own.to(torch.float8_e4m3fn).float() * row[:, None]
     rounded = scale.clamp(2.0**-24, 65000.0).bfloat16().half().float()
     return torch.where(scale > 0, rounded, 1.0)
 
@@ -74,14 +105,14 @@ def split(x: Tensor, group_size: int) -> Tensor:
 
 
 def round_nearest(
-    weight: Tensor, group_size: int, bits: int, symmetric: bool
+    weight: Tensor, group_size: int, bits: int, symmetric: bool, row: Tensor | None = None
 ) -> tuple[Tensor, Grid]:
     """Round every weight to the nearest value of its group's grid.
 
     Returns:
         codes float32 ``[out, in]``, and the grid of the groups.
     """
-    grid = fit_grid(split(weight, group_size), bits, symmetric)
+    grid = fit_grid(split(weight, group_size), bits, symmetric, row)
     group = torch.arange(weight.shape[1], device=weight.device) // group_size
     return grid.columns(group).encode(weight), grid
 
@@ -94,6 +125,7 @@ def round_gptq(
     symmetric: bool,
     by_activation: bool,
     damping: float,
+    row: Tensor | None = None,
 ) -> tuple[Tensor, Grid]:
     """Round column by column, letting later columns make up for the errors of earlier ones.
 
@@ -110,6 +142,7 @@ def round_gptq(
             as it was. Otherwise columns go in order and a group's grid is that of its columns as
             they are when their turn comes.
         damping: Share of the mean diagonal added to the diagonal.
+        row: float32 ``[out]``, see ``fit_grid``.
     Returns:
         codes float32 ``[out, in]``, and the grid of the groups.
     """
@@ -120,12 +153,13 @@ def round_gptq(
         order = diagonal.argsort(descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order], damping)
     group = (order // group_size).tolist()
-    grid = fit_grid(split(weight, group_size), bits, symmetric)
+    grid = fit_grid(split(weight, group_size), bits, symmetric, row)
     work = weight[:, order].t().contiguous()  # [in, out]: a column is one run of memory
     codes = torch.empty_like(work)
     for start, stop in _blocks(count, count if by_activation else group_size):
         if not by_activation and start % group_size == 0:
-            _refit(grid, start // group_size, work[start : start + group_size], bits, symmetric)
+            columns = work[start : start + group_size].t().unsqueeze(1)  # [out, 1, G]
+            _refit(grid, start // group_size, fit_grid(columns, bits, symmetric, row))
         errors = torch.empty_like(work[start:stop])
         for i in range(start, stop):
             own = Grid(grid.scale[:, group[i]], grid.zero[:, group[i]], grid.levels)
@@ -148,9 +182,8 @@ def _blocks(count: int, group_size: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], count], strict=True))
 
 
-def _refit(grid: Grid, group: int, columns: Tensor, bits: int, symmetric: bool) -> None:
-    """Give one group the grid of its columns ``[G, out]`` as they are now."""
-    own = fit_grid(columns.t().unsqueeze(1), bits, symmetric)
+def _refit(grid: Grid, group: int, own: Grid) -> None:
+    """Give one group the grid ``[out, 1]`` of its columns as they are now."""
     grid.scale[:, group], grid.zero[:, group] = own.scale[:, 0], own.zero[:, 0]
 
 

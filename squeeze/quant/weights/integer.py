@@ -12,7 +12,7 @@ from torch import Tensor
 
 from squeeze.errors import UnsupportedError
 from squeeze.kernels import bits as packing
-from squeeze.quant.weights._rounding import round_gptq, round_nearest
+from squeeze.quant.weights._rounding import round_gptq, round_nearest, row_scales
 from squeeze.registry import register
 from squeeze.types import IntegerWeight
 
@@ -36,14 +36,20 @@ class Integer:
         scaling: ``awq``, or ``none``.
         order: Which columns GPTQ rounds first: those with large inputs, or as they are stored.
         damping: Share of the mean diagonal of the Hessian that GPTQ adds to its diagonal.
+        inputs: ``float8`` rounds the inputs of each token to E4M3 under a scale of their own, and
+            keeps the scales of groups as E4M3 times a power of two per row, for at most 4 bits.
+            Codes less zero, and inputs, are then exact in E4M3, and weights in bfloat16.
 
     Source: E. Frantar et al. 2022, GPTQ, https://arxiv.org/abs/2210.17323, section 3.3 and
-        algorithm 1; J. Lin et al. 2023, AWQ, https://arxiv.org/abs/2306.00978, section 3.2.
+        algorithm 1; J. Lin et al. 2023, AWQ, https://arxiv.org/abs/2306.00978, section 3.2;
+        D. Baek et al. 2025, FireQ, https://arxiv.org/abs/2505.20839, for float8 inputs.
     Differs: AWQ's scales are powers of two, so that what makes the inputs takes their inverses
         exactly; its search measures the error by ``X^T X`` and magnitude by the root mean square,
         and does not clip; ranges use all codes and clip nothing; scales have 8 significant bits;
         grids of columns rounded by activation stay those of the weight before rounding, so groups
-        are stored in order; channels without activation are rounded and not cleared.
+        are stored in order; channels without activation are rounded and not cleared. FireQ has one
+        scale per tensor where we have powers of two per row, and rounds the products of codes and
+        scales to E4M3; its scales of channels are AWQ's here (``scaling``).
     """
 
     bits: Annotated[int, Field(ge=2, le=8)] = 4
@@ -53,6 +59,7 @@ class Integer:
     scaling: Literal["none", "awq"] = "none"
     order: Literal["activation", "given"] = "activation"
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    inputs: Literal["float8"] | None = None
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -89,7 +96,9 @@ class Integer:
         """Mean square of the output error of nearest rounding, summed over outputs."""
         power = torch.exp2(exponents)
         group_size = self._group_size(weight.shape[1])
-        codes, grid = round_nearest(weight * power, group_size, self.bits, self.symmetric)
+        scaled = weight * power
+        common = (group_size, self.bits, self.symmetric)
+        codes, grid = round_nearest(scaled, *common, self._row_scales(scaled))
         group = torch.arange(weight.shape[1], device=weight.device) // group_size
         error = grid.columns(group).decode(codes) / power - weight
         return float(((error @ hessian) * error).sum())
@@ -120,21 +129,23 @@ class Integer:
             dense, hessian = dense * power, hessian / power / power[:, None]
         group_size = self._group_size(in_features)
         common = (group_size, self.bits, self.symmetric)
+        row = self._row_scales(dense)
         if self.rounding == "gptq":
             by_activation = self.order == "activation"
-            codes, grid = round_gptq(dense, hessian, *common, by_activation, self.damping)
+            codes, grid = round_gptq(dense, hessian, *common, by_activation, self.damping, row)
         else:
-            codes, grid = round_nearest(dense, *common)
+            codes, grid = round_nearest(dense, *common, row)
         codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, -in_features % group_size))
         packed = packing.pack(codes.unflatten(1, (-1, group_size)), self.bits)
         return IntegerWeight(
             packed.flatten(1),
-            grid.scale.half(),
+            grid.scale.half() if row is None else _bits_of(grid.scale / row[:, None]),
             None if self.symmetric else grid.zero.to(torch.uint8),
             exponents,
             self.bits,
             group_size,
             (out_features, in_features),
+            row_scale=row,
         )
 
     def empty(
@@ -150,12 +161,13 @@ class Integer:
 
         return IntegerWeight(
             make(out_features, words, dtype=torch.int32),
-            make(out_features, groups, dtype=torch.float16),
+            make(out_features, groups, dtype=torch.uint8 if self.inputs else torch.float16),
             None if self.symmetric else make(out_features, groups, dtype=torch.uint8),
             make(in_features, dtype=torch.int8) if self.scales_inputs else None,
             self.bits,
             group_size,
             (out_features, in_features),
+            row_scale=make(out_features, dtype=torch.float32) if self.inputs else None,
         )
 
     def shape_bytes(self, out_features: int, in_features: int) -> int:
@@ -170,8 +182,16 @@ class Integer:
         """Refuse shapes on which this would not save anything.
 
         Raises:
-            UnsupportedError: codes, scales and padding take 16 bits per weight or more.
+            UnsupportedError: codes, scales and padding take 16 bits per weight or more; or inputs
+                are rounded to E4M3, which does not hold the codes.
         """
+        if self.inputs and self.bits > 4:
+            raise UnsupportedError(
+                "integer: inputs",
+                f"inputs in {self.inputs} and {self.bits} bits",
+                "at most 4 bits",
+                "Set bits: 4, or leave inputs out",
+            )
         effective = self.shape_bits(out_features, in_features)
         if effective >= 16:
             raise UnsupportedError(
@@ -186,6 +206,12 @@ class Integer:
         row = -(-in_features // 32) * 32
         return min(self.group_size or row, row)
 
+    def _row_scales(self, weight: Tensor) -> Tensor | None:
+        """Powers of two per row for scales in E4M3, float32 ``[out]``."""
+        if not self.inputs:
+            return None
+        return row_scales(weight, self.bits, self.symmetric)
+
     def _hessian(self, statistics: Mapping[str, Tensor], dense: Tensor) -> Tensor:
         """Find and check the Hessian."""
         count = dense.shape[1]
@@ -195,3 +221,8 @@ class Integer:
         if tuple(hessian.shape) != (count, count):
             raise ValueError(f"hessian is {tuple(hessian.shape)}, not {(count, count)}")
         return hessian.to(dense)
+
+
+def _bits_of(scale: Tensor) -> Tensor:
+    """Store values of E4M3, uint8."""
+    return scale.to(torch.float8_e4m3fn).view(torch.uint8)

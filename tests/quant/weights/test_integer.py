@@ -52,6 +52,7 @@ def test_sizes_are_known_before_fitting(symmetric, scaling, bits, shape, group_s
         ({"bits": 4, "group_size": 64, "symmetric": False}, 4 + (16 + 8) / 64),
         ({"bits": 8, "group_size": 0}, 8 + 16 / 4096),
         ({"bits": 4, "scaling": "awq"}, 4 + 16 / 128 + 8 / 512),
+        ({"bits": 4, "inputs": "float8"}, 4 + 8 / 128 + 32 / 4096),
     ],
 )
 def test_effective_bits_by_hand(options, expected):
@@ -65,6 +66,46 @@ def test_symmetric_rounding_by_hand():
     assert fitted.scale.tolist() == [[0.25]]
     rounded = torch.tensor([[-4.0, 3.0, 0.0, 1.0, -2.0, -2.0, 0.0, 2.0]]).repeat(1, 4) * 0.25
     assert torch.equal(reconstruct(fitted), rounded)
+
+
+def test_float8_scales_by_hand():
+    """Largest 5.0: a step of 5 / 7 = 0.714, under the row's 2**-8 182.9, in E4M3 176: 0.6875."""
+    weight = torch.zeros(1, 64)
+    weight[0, :4] = torch.tensor([5.0, -0.7, 0.3, -5.0])
+    weight[0, 32] = 2.0**-9 * 7  # its step is 2**-9, which is 0.5 under the row's
+    fitted = Integer(bits=4, group_size=32, inputs="float8").fit(weight)
+    assert fitted.row_scale.tolist() == [2.0**-8]
+    assert fitted.scale.view(torch.float8_e4m3fn).float().tolist() == [[176, 0.5]]
+    dense = reconstruct(fitted)
+    assert dense[0, :4].tolist() == [7 * 0.6875, -0.6875, 0, -7 * 0.6875]
+    assert dense[0, 32] == weight[0, 32]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("order", ["activation", "given"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_float8_scales_cost_little(rounding, order, symmetric):
+    weight, hessian = matrix()
+    options = {"rounding": rounding, "order": order, "symmetric": symmetric, "group_size": 64}
+    plain = output_error(weight, hessian, **options)
+    assert output_error(weight, hessian, inputs="float8", **options) < 1.15 * plain
+
+
+def test_float8_scales_reach_over_rows_of_any_size():
+    weight, _ = matrix(8, 64)
+    for power in (-30, -6, 0, 10):
+        size = weight * 2.0**power
+        fitted = Integer(group_size=32, inputs="float8").fit(size)
+        dense = reconstruct(fitted)
+        assert torch.equal(dense.half().float(), dense)
+        least = 8 * 2.0**-24  # what the coarsest grid of float16's smallest scale spans
+        assert float((dense - size).abs().max()) <= 0.1 * float(size.abs().max()) + least
+    assert not reconstruct(Integer(inputs="float8").fit(torch.zeros(3, 64))).any()
+
+
+def test_float8_inputs_need_codes_that_e4m3_holds():
+    with pytest.raises(UnsupportedError, match=r"inputs in float8 and 8 bits.*Set bits: 4"):
+        Integer(bits=8, inputs="float8").check(64, 64)
 
 
 def test_asymmetric_rounding_by_hand():
