@@ -146,11 +146,14 @@ class ExactTokens:
 def _allocate(
     keys: Tensor, values: Tensor, rows: int, slots: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Make room for other rows and slots; the third tensor has both, rows one after another."""
+    """Make room for other rows and slots; the third tensor has both, rows one after another.
+
+    Zeros, as rows that have no block due are encoded beside those that have (``due``).
+    """
     shapes = [(rows, x.shape[1], slots, x.shape[3]) for x in (keys, values)]
     if shapes[0] != shapes[1] or keys.dtype != values.dtype:
-        return keys.new_empty(shapes[0]), values.new_empty(shapes[1]), None
-    both = keys.new_empty(2 * rows, *shapes[0][1:])
+        return keys.new_zeros(shapes[0]), values.new_zeros(shapes[1]), None
+    both = keys.new_zeros(2 * rows, *shapes[0][1:])
     return both[:rows], both[rows:], both
 
 
