@@ -20,6 +20,7 @@ from squeeze.kernels.lut_linear.api import lut_linear
 from squeeze.types import ClusteredWeight, Implementation
 
 OP = "lut_linear"
+TESTS = ("tests/kernels/test_lut_linear.py", "tests/kernels/test_lut_many_rows.py")
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 FORMS = ((4, "int8"), (4, "float16"), (3, "int8"))  # width of an index, dtype of the entries
 ROWS = (1, 4, 16, 64, 2048)
