@@ -14,8 +14,8 @@ few repeats and writes nothing: kernels are compiled and cached when the measure
 A module that measures more than one kernel says what it rests on: ``KERNELS``, folders of kernels,
 and ``TESTS``, test files. ``--resume`` goes on with a result that was stopped, where the module's
 ``run`` takes the rows ``done`` and commit, kernels, versions and hardware are the same; its tests
-have passed then. ``--tests`` stops before the first row. ``bars(rows)`` of a module says which bars
-the rows meet.
+have passed then. ``--tests`` stops before the first row, ``--workers`` spreads the tests over
+processes (pytest-xdist). ``bars(rows)`` of a module says which bars the rows meet.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ def main() -> int:
     parser.add_argument(
         "--tests", action="store_true", help="only run the tests; --resume measures then"
     )
+    parser.add_argument("--workers", type=int, default=1, help="processes that run the tests")
     options = parser.parse_args()
     if options.warm:
         for op in options.ops:
             print(f"{op}: {warm(op, options.device)} cases compiled", file=sys.stderr)
         return 0
-    how = (options.device, options.output, options.resume, options.tests)
+    how = (options.device, options.output, options.resume, options.tests, options.workers)
     failed = [op for op in options.ops if not measure(op, *how)]
     for op in failed:
         print(f"{op}: tests failed, so nothing was measured", file=sys.stderr)
@@ -75,7 +76,12 @@ def warm(op: str, device: str) -> int:
 
 
 def measure(
-    op: str, device: str, output: Path, resume: bool = False, only_tests: bool = False
+    op: str,
+    device: str,
+    output: Path,
+    resume: bool = False,
+    only_tests: bool = False,
+    workers: int = 1,
 ) -> bool:
     """Run the tests of one op, then its benchmark; write and print the result.
 
@@ -94,7 +100,7 @@ def measure(
     }
     path = output / f"{op}.json"
     found = stopped(path, facts) if resume else None
-    passed = found["tests_passed"] if found else run_tests(op)
+    passed = found["tests_passed"] if found else run_tests(op, workers)
     if not passed:
         return False
     rows: list[dict[str, Any]] = found["rows"] if found else []
@@ -134,8 +140,11 @@ def write(path: Path, result: dict[str, Any], module: Any) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def run_tests(op: str) -> int:
-    """Run the op's tests, those marked ``gpu`` where there is one; return how many passed, or 0."""
+def run_tests(op: str, workers: int = 1) -> int:
+    """Run the op's tests, those marked ``gpu`` where there is one; return how many passed, or 0.
+
+    More than one worker needs pytest-xdist.
+    """
     import torch
 
     marks = "gpu and not slow" if torch.cuda.is_available() else "not gpu and not slow and not hub"
@@ -143,8 +152,9 @@ def run_tests(op: str) -> int:
         junit = Path(folder) / "junit.xml"
         module = importlib.import_module(f"benchmarks.{op}")
         tests = getattr(module, "TESTS", (f"tests/kernels/test_{op}.py",))
-        command = [sys.executable, "-m", "pytest", "-m", marks, f"--junitxml={junit}", *tests]
-        if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
+        spread = ["-n", str(workers)] if workers > 1 else []
+        command = [sys.executable, "-m", "pytest", "-m", marks, f"--junitxml={junit}"]
+        if subprocess.run([*command, *spread, *tests], cwd=ROOT, check=False).returncode != 0:
             return 0
         suite = ElementTree.parse(junit).getroot().find("testsuite")
     assert suite is not None

@@ -89,9 +89,9 @@ def test_a_stopped_run_goes_on_where_it_was(
 
     monkeypatch.setattr(decode_step.Models, "measure", measure)
     monkeypatch.setattr(runner, "environment", lambda: dict.fromkeys(WHERE))
-    monkeypatch.setattr(runner, "run_tests", lambda op: 7)
+    monkeypatch.setattr(runner, "run_tests", lambda op, workers: 7)
     assert runner.measure("decode_step", "cpu", tmp_path, only_tests=True)
-    monkeypatch.setattr(runner, "run_tests", lambda op: 0)
+    monkeypatch.setattr(runner, "run_tests", lambda op, workers: 0)
     for _ in range(3):
         asked.clear()
         with pytest.raises(KeyboardInterrupt):
