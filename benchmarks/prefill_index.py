@@ -24,6 +24,7 @@ from squeeze.sparsify.index import density
 from squeeze.types import Implementation
 
 OP = "prefill_index"
+TESTS = ("tests/kernels/test_prefill_index.py", "tests/kernels/test_prefill_elements.py")
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
 POLICIES: dict[str, dict[str, Any]] = {
@@ -39,8 +40,6 @@ POLICIES: dict[str, dict[str, Any]] = {
     "retrieval_heads": {},
     "sale": {},
 }
-# The estimate of ``sale`` multiplies all queries and keys; it takes seconds at more tokens.
-LONGEST = {"sale": 65536}
 REFERENCE = ("vertical_slash", "antidiagonal")
 REFERENCE_LENGTH = 32768
 REPEATS = 5
@@ -145,8 +144,6 @@ def _length(
 def _policies(length: int) -> Iterator[tuple[str, Any, Implementation]]:
     """Name the policies to time at one length."""
     for name, settings in POLICIES.items():
-        if length > LONGEST.get(name, length):
-            continue
         policy = get("prefill", name.split()[0])(**settings)
         yield name, policy, Implementation.TRITON
         if name in REFERENCE and length == REFERENCE_LENGTH:

@@ -23,7 +23,11 @@ from squeeze.compress import compress
 from squeeze.swapping import swap
 
 OP = "prefill_speed"
-TESTS = ("tests/kernels/test_prefill_index.py", "tests/kernels/test_block_sparse_attention.py")
+TESTS = (
+    "tests/kernels/test_prefill_index.py",
+    "tests/kernels/test_prefill_elements.py",
+    "tests/kernels/test_block_sparse_attention.py",
+)
 KERNELS = ("prefill_index", "block_sparse_attention")
 LENGTHS = (32768, 131072)
 POLICIES = ("vertical_slash", "block_topk")  # their budgets do not depend on what is attended to

@@ -94,6 +94,26 @@ def steps(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"{place(result)}, {conditions}."]) + "\n"
 
 
+def prefill(result: Mapping[str, Any]) -> str:
+    """Lay out the measured prefill of a whole model, a line per length, a column per policy."""
+    names = list(dict.fromkeys(row["implementation"] for row in result["rows"]))
+    lines = ["| tokens | " + " | ".join(names) + " |", "|---" + "|---:" * len(names) + "|"]
+    for length in dict.fromkeys(row["length"] for row in result["rows"]):
+        own = [row for row in result["rows"] if row["length"] == length]
+        (dense,) = (row["seconds"] for row in own if row["baseline"])
+        cells = [
+            f"{row['seconds']:.2f}"
+            + ("" if row["baseline"] else f" ({dense / row['seconds']:.2f}x)")
+            for row in own
+        ]
+        lines.append(f"| {length} | {' | '.join(cells)} |")
+    conditions = (
+        "one prompt of random tokens, a random Llama of 32 layers in the shape of one of 8B "
+        "parameters, bfloat16, policies by their defaults"
+    )
+    return "\n".join([*lines, "", f"{place(result)}, {conditions}."]) + "\n"
+
+
 def place(result: Mapping[str, Any]) -> str:
     """Say where a result was measured."""
     where = result["versions"]
@@ -125,6 +145,7 @@ def encoding(result: Mapping[str, Any]) -> str:
 MEASURED = {
     "speed": ("decode_attention", speed),
     "steps": ("decode_step", steps),
+    "prefill": ("prefill_speed", prefill),
     "encoding": ("kv_encode", encoding),
 }
 

@@ -19,7 +19,7 @@ from squeeze import recipe as recipe_module
 from squeeze.cache_hook import static_cache
 from squeeze.calibrate import Stats, calibrate
 from squeeze.compress import compress, fit_tables
-from squeeze.distill import distill, own_text, sequences
+from squeeze.distill import distill, reading, sequences
 from squeeze.errors import CheckpointError, RecipeError, UnsupportedError, nearest
 from squeeze.evaluation import check_tasks, evaluate
 from squeeze.evaluation.eight_bits import choose_layers
@@ -479,8 +479,15 @@ def _distill(
     if not count:
         return artifacts
     folder = work and work / "distill"
-    share = own_text(artifacts.plan)
-    tokens = training_tokens(model, tokenizer, recipe.calibration, count, share, folder)
+    tokens = training_tokens(
+        model,
+        tokenizer,
+        recipe.calibration,
+        count,
+        folder=folder,
+        progress=progress,
+        **reading(artifacts.plan),
+    )
     return distill(model, artifacts, tokens, folder=folder, progress=progress)
 
 

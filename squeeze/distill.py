@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ EVERY = 20  # steps between two saves
 WARM = 0.05  # share of the steps in which learning rates rise
 BETAS = (0.9, 0.95)  # decay of the gradient's mean and of its mean square
 EPSILON = 1e-10
-SPANS = (16, 64)  # tokens of a repeated passage, at least and below
 # Settings that belong to the run and not to one module.
 SHARED = (
     "steps", "codebook_steps", "batch", "echo", "own_text", "hidden", "uniquify", "marshal",
@@ -70,10 +69,11 @@ def sequences(plan: Plan) -> int:
     return method.steps * method.batch if method else 0
 
 
-def own_text(plan: Plan) -> float:
-    """Share of these sequences that the dense model writes, 0 to 1."""
+def reading(plan: Plan) -> dict[str, float]:
+    """Say what the sequences are made of: ``own`` and ``echo``, shares of them, 0 to 1."""
     rows = distilled_rows(plan)
-    return float(weight_method(rows[0]).own_text) if rows else 0.0
+    method = weight_method(rows[0]) if rows else None
+    return {"own": method.own_text, "echo": method.echo} if method else {}
 
 
 def distill(
@@ -162,7 +162,7 @@ class Distillation:
             method.batch,
             method.codebook_steps,
         )
-        self.echo, self.hidden = method.echo, method.hidden
+        self.hidden = method.hidden
         if len(tokens) < self.steps * self.batch:
             raise ValueError(
                 f"{self.steps} steps of {self.batch} need more than {len(tokens)} rows"
@@ -173,6 +173,9 @@ class Distillation:
                 f"a batch of {self.batch} cannot be shared by {self.ranks[1]} processes"
             )
         self.saved = _saved_tensors(method, self.ranks[1])
+        # Hooks cost the CPU time per saved tensor, so they are set where they do something.
+        asked = method.uniquify or method.marshal or method.shard
+        self.hooks: AbstractContextManager[Any] = self.saved if asked else nullcontext()
         self.linears = {row.module: model.get_submodule(row.module) for row in rows}
         self.stacks = [
             Stack(group, artifacts.weights, self.linears)
@@ -189,10 +192,10 @@ class Distillation:
             self.soften()
         rank, world = self.ranks
         ids = self.tokens[number * self.batch : (number + 1) * self.batch]
-        ids = repeated(ids, self.echo, number)[rank::world].to(self.device)
+        ids = ids[rank::world].to(self.device)
         with torch.no_grad():
             target = self._outputs(ids)
-        with torch.enable_grad(), self.saved, self._taught():
+        with torch.enable_grad(), self.hooks, self._taught():
             loss = self._loss(self._outputs(ids), target)
         loss.backward()  # type: ignore[no-untyped-call]
         self._average()
@@ -335,8 +338,10 @@ class Distillation:
         output: tuple[Tensor, tuple[Tensor, ...]],
         target: tuple[Tensor, tuple[Tensor, ...]],
     ) -> Tensor:
-        found = functional.log_softmax(output[0].float(), -1).flatten(0, 1)
-        wanted = functional.log_softmax(target[0].float(), -1).flatten(0, 1)
+        found, wanted = (
+            functional.log_softmax(logits, -1, dtype=torch.float32).flatten(0, 1)
+            for logits in (output[0], target[0])
+        )
         loss = functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
         for a, b in zip(output[1], target[1], strict=True):
             error = (a.float() - b.float()).square().mean() / b.float().square().mean()
@@ -352,31 +357,6 @@ class Distillation:
                     if parameter.grad is not None:
                         torch.distributed.all_reduce(parameter.grad)
                         parameter.grad /= world
-
-
-def repeated(ids: Tensor, share: float, seed: int) -> Tensor:
-    """Fill the second half of a share of sequences with passages of their first half.
-
-    Args:
-        ids: int64 ``[B, T]``; the first token of a sequence is never repeated.
-        share: Of sequences, 0 to 1.
-        seed: Chooses sequences and passages.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    ids, half = ids.clone(), ids.shape[1] // 2
-    if half <= SPANS[1]:
-        return ids
-    for row in ids:
-        if float(torch.rand((), generator=generator)) >= share:
-            continue
-        place = half
-        while place < len(row):
-            length = int(torch.randint(*SPANS, (), generator=generator))
-            first = int(torch.randint(1, half - length, (), generator=generator))
-            length = min(length, len(row) - place)
-            row[place : place + length] = row[first : first + length].clone()
-            place += length
-    return ids
 
 
 def _apply(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,20 @@ import torch
 from torch import Tensor
 
 from squeeze import processes, tensor_files
+from squeeze.echoes import echoed
 from squeeze.errors import RecipeError
 from squeeze.evaluation.scoring import carried, encode, forward, scoring, start_tokens
 from squeeze.evaluation.suite import calibration_texts
 from squeeze.recipe_values import Calibration
 
 PROMPT = 32  # tokens of the calibration text that a continuation starts from
-ROOM = 2**30  # bytes of keys and values of continuations written side by side; 16 times on a GPU
-MOST = 1024  # continuations; more sequences read them again
+PIECE = 512  # tokens of a continuation, at most: a long sequence is put together of several
+MOST = 12 * 2**20  # tokens of continuations; training reads them again after that
+ROOM = 2**30  # bytes of keys and values of continuations written side by side, on a CPU
+SHARE = 3  # on a GPU, the part of its free memory that they may take
 STATE = "own_text.safetensors"
+
+Progress = Callable[[str, int, int], None]
 
 
 def training_tokens(
@@ -26,10 +32,13 @@ def training_tokens(
     tokenizer: Any,
     settings: Calibration,
     count: int,
-    own: float,
+    *,
+    own: float = 0.0,
+    echo: float = 0.0,
     folder: Path | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
-    """Draw what training reads: windows of the calibration text and of what the model makes of it.
+    """Draw what training reads: windows of the calibration text and what the model makes of it.
 
     Args:
         model: The dense model.
@@ -37,31 +46,52 @@ def training_tokens(
         settings: Of calibration; training reads other windows than calibration does.
         count: Sequences.
         own: Share of them that the model wrote, each going on from some calibration text.
+        echo: Share of them that repeat themselves, see ``squeeze.echoes``.
         folder: Where to keep what the model wrote, for a run that resumes.
+        progress: Called as ``progress("own text", tokens written, of how many)``.
     Returns:
         int64 ``[count, settings.length]``.
     Raises:
         RecipeError: the text is too short.
         CheckpointError: what ``folder`` holds cannot be read.
     """
-    seed, length = settings.seed + 1, settings.length
-    ids = windows(tokenizer, settings, count, length, seed)
+    seed = settings.seed + 1
+    ids = windows(tokenizer, settings, count, settings.length, seed)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.rand(count, generator=generator) < own
-    if not chosen.any():
-        return ids
-    most = min(MOST, math.ceil(own * count))
-    prompts = windows(tokenizer, settings, most, min(PROMPT, length), seed + 1)
-    path = folder and folder / STATE
+    if chosen.any():
+        ids[chosen] = _own_text(model, tokenizer, settings, int(chosen.sum()), folder, progress)
+    return echoed(ids, echo, encode(tokenizer, "\n"), seed)
+
+
+def _own_text(
+    model: Any,
+    tokenizer: Any,
+    settings: Calibration,
+    count: int,
+    folder: Path | None,
+    progress: Progress | None,
+) -> Tensor:
+    """Put sequences together of what the model wrote, int64 ``[count, settings.length]``."""
+    head, seed = start_tokens(tokenizer), settings.seed + 2
+    body = settings.length - len(head)
+    pieces = math.ceil(body / PIECE)
+    size = math.ceil(body / pieces)
+    rows = max(1, min(count * pieces, MOST // size))
+    prompts = windows(tokenizer, settings, rows, len(head) + min(PROMPT, size), seed)
+    path, length = folder and folder / STATE, len(head) + size
     if path is None:
-        written = continued(model, prompts, length, seed)
+        written = continued(model, prompts, length, seed, progress)
     else:
         if processes.rank() == 0 and not path.exists():
-            tensor_files.write(path, {"ids": continued(model, prompts, length, seed)}, {})
+            written = continued(model, prompts, length, seed, progress)
+            tensor_files.write(path, {"ids": written.int()}, {})
         processes.wait()
-        written = tensor_files.read(path)[0]["ids"]
-    which = torch.randint(len(written), (int(chosen.sum()),), generator=generator)
-    return ids.masked_scatter(chosen[:, None], written[which])
+        written = tensor_files.read(path)[0]["ids"].long()
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    order = order[torch.arange(count * pieces) % rows]
+    text = written[order, len(head) :].view(count, -1)[:, :body]
+    return torch.cat([torch.tensor(head, dtype=text.dtype).expand(count, -1), text], 1)
 
 
 def windows(tokenizer: Any, settings: Calibration, count: int, length: int, seed: int) -> Tensor:
@@ -96,14 +126,17 @@ def windows(tokenizer: Any, settings: Calibration, count: int, length: int, seed
     return torch.cat([torch.tensor(head, dtype=ids.dtype).expand(count, -1), chosen], 1)
 
 
-def continued(model: Any, prompts: Tensor, length: int, seed: int) -> Tensor:
+def continued(
+    model: Any, prompts: Tensor, length: int, seed: int, progress: Progress | None = None
+) -> Tensor:
     """Let a model go on from prompts, drawing from its own distribution.
 
     Args:
         model: A Hugging Face causal language model.
         prompts: int64 ``[N, P]``.
         length: Tokens of the result, prompts included.
-        seed: Of the draws; the result depends on the device too.
+        seed: Of the draws; the result depends on the device and its free memory too.
+        progress: See ``training_tokens``.
     Returns:
         int64 ``[N, length]``, on the CPU.
 
@@ -112,17 +145,22 @@ def continued(model: Any, prompts: Tensor, length: int, seed: int) -> Tensor:
     Differs: goes on from calibration text, not from one random token.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    parts = []
+    parts: list[Tensor] = []
     with scoring(model):
-        for rows in prompts.split(_rows(model, length)):
+        for rows in prompts.chunk(math.ceil(len(prompts) / _rows(model, length))):
             parts.append(_continue(model, rows.to(model.device), length, generator).cpu())
+            if progress:
+                done = length * sum(len(part) for part in parts)
+                progress("own text", done, length * len(prompts))
     return torch.cat(parts)
 
 
 def _rows(model: Any, length: int) -> int:
     """Sequences that fit side by side, if every head had its own keys and values of two bytes."""
     config = model.config.get_text_config(decoder=True)
-    room = ROOM * (16 if model.device.type == "cuda" else 1)
+    room = ROOM
+    if model.device.type == "cuda":
+        room = torch.cuda.mem_get_info(model.device)[0] // SHARE
     return max(1, room // (4 * length * config.num_hidden_layers * config.hidden_size))
 
 

@@ -10,10 +10,10 @@ from torch.multiprocessing import start_processes
 import squeeze
 from squeeze import api
 from squeeze.compress import compress
-from squeeze.distill import STATE, distill, repeated, sequences, training
+from squeeze.distill import STATE, distill, reading, sequences, training
 from squeeze.errors import CheckpointError, RecipeError, UnsupportedError
 from squeeze.swapping import swap
-from tests import tiny
+from tests import pico, tiny
 
 RULE = {
     "method": "dkm", "bits": 2, "start": {"method": "kmeans", "importance": "none"},
@@ -110,10 +110,11 @@ def test_other_weights_stay_and_are_in_place_while_training():
 def test_nothing_to_train_changes_nothing():
     model, start, tokens = setting(steps=0)
     assert sequences(start.plan) == 0
+    assert reading(start.plan) == {"own": 0.0, "echo": 0.0}
     assert distill(model, start, tokens) is start
 
 
-@pytest.mark.parametrize("own", [0.0, 1.0])
+@pytest.mark.parametrize("own", [0.0, 1.0], ids=["read", "own"])
 def test_a_run_trains(own):
     rule = {**RULE, "targets": ["re:layers.0.mlp.down_proj"], "batch": 1, "entry_rate": 0.05}
     rule["own_text"] = own
@@ -123,6 +124,31 @@ def test_a_run_trains(own):
         found.append(squeeze.run(raw, evaluate=False).artifacts.weights)
     (name,) = found[0]
     assert not torch.equal(found[0][name].codebook, found[1][name].codebook)
+
+
+def bits_of(plan):
+    return {row.module: row.method["bits"] for row in plan.weights}
+
+
+def test_bits_are_chosen_by_the_starts_losses_and_trained_together(tmp_path):
+    folder = pico.save(tmp_path / "model")
+    recipe = {
+        "weights": {
+            **RULE, "start": "kmeans", "mean_bits": 3.5, "candidates": [{"bits": 2}, {"bits": 4}],
+            "steps": 2, "codebook_steps": 1, "batch": 1, "entry_rate": 0.05,
+        },
+        "calibration": {"samples": 2, "length": 64},
+    }  # fmt: skip
+    start = squeeze.run(recipe, folder, evaluate=False, overrides={"weights.steps": 0})
+    made = squeeze.run(recipe, folder, tmp_path / "out", evaluate=False)
+    assert set(bits_of(made.plan).values()) == {2, 4}
+    assert bits_of(made.plan) == bits_of(start.plan)
+    assert made.plan.effective_bits["weights"] <= 3.5
+    assert made.artifacts.nbytes == start.artifacts.nbytes
+    for name, weight in made.artifacts.weights.items():
+        assert not torch.equal(weight.codebook, start.artifacts.weights[name].codebook)
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(squeeze.load(tmp_path / "out")(ids).logits, made.model(ids).logits)
 
 
 @pytest.mark.parametrize(("changes", "kind", "words"), [
@@ -142,17 +168,6 @@ def test_sharding_alone_and_too_little_text_are_refused():
     model, start, tokens = setting()
     with pytest.raises(ValueError, match="need more than 3 rows"):
         distill(model, start, tokens[:3])
-
-
-def test_repeated_passages_come_from_the_first_half():
-    ids = torch.arange(400).repeat(3, 1)
-    assert torch.equal(repeated(ids, 0.0, 0), ids)
-    found = repeated(ids, 1.0, 0)
-    assert torch.equal(found[:, :200], ids[:, :200])
-    assert ((found[:, 200:] > 0) & (found[:, 200:] < 200)).all()
-    follows = (found[:, 201:] - found[:, 200:-1] == 1).float().mean()
-    assert follows > 0.95
-    assert torch.equal(found, repeated(ids, 1.0, 0))
 
 
 def first_gradients(**changes):

@@ -83,6 +83,7 @@ STRATA = (
     (
         "measurement",
         "evaluation",
+        "echoes",
         "training_text",
         "report_charts",
         "report_pareto",

@@ -2,6 +2,7 @@
 
 import torch
 
+from squeeze import training_text
 from squeeze.evaluation.scoring import encode, start_tokens
 from squeeze.evaluation.suite import calibration_texts
 from squeeze.loading import load_tokenizer
@@ -44,10 +45,46 @@ def test_continuations_follow_the_models_distribution():
 
 def test_a_share_of_the_sequences_is_the_models_own(tmp_path):
     tokenizer, model = load_tokenizer("reference"), tiny.model("llama", vocab_size=8192)
-    read = training_tokens(model, tokenizer, TEXT, 20, 0.0)
-    mixed = training_tokens(model, tokenizer, TEXT, 20, 0.4, tmp_path)
+    read = training_tokens(model, tokenizer, TEXT, 20)
+    done = []
+    mixed = training_tokens(
+        model,
+        tokenizer,
+        TEXT,
+        20,
+        own=0.4,
+        folder=tmp_path,
+        progress=lambda *call: done.append(call),
+    )
     own = (read != mixed).any(1)
     assert 2 <= int(own.sum()) <= 14
+    assert done == [("own text", 40 * int(own.sum()), 40 * int(own.sum()))]
     before = (tmp_path / STATE).read_bytes()
-    assert torch.equal(mixed, training_tokens(model, tokenizer, TEXT, 20, 0.4, tmp_path))
+    again = training_tokens(model, tokenizer, TEXT, 20, own=0.4, folder=tmp_path)
+    assert torch.equal(mixed, again)
     assert (tmp_path / STATE).read_bytes() == before
+
+
+def test_long_sequences_are_put_together_and_no_piece_is_read_twice_before_all_are(monkeypatch):
+    monkeypatch.setattr(training_text, "PIECE", 20)
+    monkeypatch.setattr(training_text, "MOST", 160)
+    asked = []
+
+    def numbered(model, prompts, length, seed, progress):
+        asked.append((tuple(prompts.shape), length))
+        return torch.arange(len(prompts))[:, None].repeat(1, length)
+
+    monkeypatch.setattr(training_text, "continued", numbered)
+    found = training_tokens(None, load_tokenizer("reference"), TEXT, 8, own=1.0)
+    assert asked == [((8, 21), 21)]
+    assert found.shape == (8, 40) and (found[:, 0] == 0).all()
+    pieces = torch.stack([found[:, 1], found[:, 39]], 1).flatten()
+    assert torch.equal(found[:, 1], found[:, 20])
+    assert torch.equal(found[:, 21], found[:, 39])
+    assert torch.bincount(pieces).tolist() == [2] * 8
+
+
+def test_echoes_reach_the_sequences():
+    tokenizer, text = load_tokenizer("reference"), Calibration(length=300)
+    read = training_tokens(None, tokenizer, text, 6)
+    assert not torch.equal(read, training_tokens(None, tokenizer, text, 6, echo=1.0))

@@ -12,12 +12,9 @@ from squeeze.kernels.prefill_index.reference import compact as compact
 from squeeze.types import BlockIndex
 
 # Tokens from which policies act by default. On an H200 against cuDNN's dense attention, 32 query
-# heads of 128, ``vertical_slash`` and the portable kernel run 0.97 times as fast at 16384 tokens
-# (0.92 ms for the index and 2.6 against 3.5) and 4.6 times at 65536; they meet soon after 16384.
-MIN_LENGTH = 20480
-# The same for a policy whose index was measured to take longer than dense attention. Both grow with
-# the square of the length, so no length helps: a prompt of so many tokens there is not.
-NEVER = 1 << 30
+# heads of 128, ``vertical_slash`` runs 0.66 times as fast at 8192 tokens, index included, 1.29
+# times at 16384 (1.0 ms for the index and 1.8 against 3.6) and 3.2 times at 32768.
+MIN_LENGTH = 16384
 COLUMN_TILE = 64
 RUN = 8  # averages in one run of ``BlockIndex.pooled_ids``
 

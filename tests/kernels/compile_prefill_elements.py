@@ -5,7 +5,6 @@ Run by a test in a process of its own, because the interpreter and the compiler 
 
 import json
 import sys
-from unittest import mock
 
 import torch
 
@@ -18,19 +17,23 @@ def empty(*shape, dtype=torch.float32):
     return absent(*shape, dtype=dtype)
 
 
-def rounding(dtype, heads, kv_heads, T, D, size, softcap=None, bits=4):
-    """Round all queries."""
-    query, keys = empty(1, heads, T, D, dtype=dtype), empty(1, kv_heads, T, D, dtype=dtype)
+def rounding(dtype, heads, kv_heads, T, D, size, softcap=None, bits=4, stride=1):
+    """Round all queries, or every ``stride``-th."""
+    query = empty(1, heads, T // stride, D, dtype=dtype)
+    keys = empty(1, kv_heads, T, D, dtype=dtype)
     means = empty(1, heads, 1, D), empty(1, kv_heads, 1, D)
     lengths = empty(1, dtype=torch.int64)
-    elements.round_queries(query, keys, *means, lengths, lengths, size, 0, 0.1, softcap, bits)
+    numbers = (size, 0, stride, 0.1, softcap, bits)
+    elements.round_queries(query, keys, *means, lengths, lengths, *numbers)
 
 
-def weighing(launch, dtype, heads, kv_heads, T, D, size, softcap=None):
+def weighing(launch, dtype, heads, kv_heads, T, D, size, softcap=None, stride=1):
     """Weigh all blocks."""
-    codes, key_codes = (empty(1, h, T, D, dtype=dtype) for h in (heads, kv_heads))
-    numbers = empty(1, heads, T), empty(1, heads, T), empty(1, kv_heads, T), empty(1, heads, T)
-    launch(codes, *numbers[:2], key_codes, *numbers[2:], size, 0, softcap, range(T // size))
+    codes = empty(1, heads, T // stride, D, dtype=dtype)
+    key_codes = empty(1, kv_heads, T, D, dtype=dtype)
+    queries, keys, added = empty(1, heads, T // stride), empty(1, kv_heads, T), empty(1, heads, T)
+    rows = range(T // size)
+    launch(codes, queries, queries, key_codes, keys, added, size, 0, stride, softcap, rows)
 
 
 def main():
@@ -39,17 +42,19 @@ def main():
     for capability in map(int, sys.argv[1:]):
         with launches(capability) as made:
             rounding(torch.bfloat16, 32, 8, 131072, 128, 64)
+            rounding(torch.bfloat16, 32, 8, 131072, 128, 64, stride=8)
             weighing(elements.weigh_elements, torch.int8, 32, 8, 131072, 128, 64)
+            weighing(elements.weigh_elements, torch.int8, 32, 8, 131072, 128, 64, stride=8)
             if capability == 90:
                 rounding(torch.float16, 6, 2, 1280, 80, 128, 30.0, 8)
                 weighing(elements.weigh_elements, torch.int8, 6, 2, 1280, 80, 128, 30.0)
                 on_hopper = hopper_elements.weigh_elements
                 weighing(on_hopper, torch.float8_e4m3fn, 32, 8, 131072, 128, 64)
+                weighing(on_hopper, torch.float8_e4m3fn, 32, 8, 131072, 128, 64, stride=8)
+                weighing(on_hopper, torch.float8_e4m3fn, 32, 8, 131072, 128, 64, stride=4)
                 weighing(on_hopper, torch.int8, 32, 8, 131072, 128, 64)
                 weighing(on_hopper, torch.float8_e4m3fn, 6, 2, 1280, 80, 128, 30.0)
                 weighing(on_hopper, torch.float8_e4m3fn, 4, 2, 1280, 64, 64)
-                with mock.patch.object(hopper_elements, "COMPARED", True):
-                    rounding(torch.bfloat16, 32, 8, 131072, 128, 64)
         found += [{"kernel": name, "capability": capability, **usage(c)} for name, c in made]
     print(json.dumps(found))
 

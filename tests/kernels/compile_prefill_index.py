@@ -79,11 +79,11 @@ def choose(heads, T, per_head, padded):
     choice.choose_lines(columns, diagonals, starts, 64, 3, *numbers, (3000, 25))
 
 
-def route(dtype, heads, kv_heads, T, D, number):
+def route(dtype, heads, kv_heads, T, D, number, chunk=256):
     """Count the votes of a segment's queries."""
     query = empty(1, heads, T // 2, D, dtype=dtype)
-    parts = empty(3, 1, kv_heads, T // 256, D, dtype=dtype)
-    routing.launch(query, parts, empty(1, T // 2, dtype=torch.uint8), number, 256, 64, T // 2)
+    parts = empty(3, 1, kv_heads, T // chunk, D, dtype=dtype)
+    routing.launch(query, parts, empty(1, T // 2, dtype=torch.uint8), number, chunk, 64, T // 2)
 
 
 def main():
@@ -104,6 +104,7 @@ def main():
                 layer(32, 512, True)
                 route(torch.bfloat16, 32, 8, 32768, 128, 7)
                 route(torch.bfloat16, 32, 8, 131072, 128, empty(32))
+                route(torch.bfloat16, 32, 8, 131072, 128, 7, 128)
                 choose(32, 131072, False, False)
                 choose(6, 1000, True, True)
                 chosen = empty(1, 32, 3000, dtype=torch.int64), empty(1, 32, 25, dtype=torch.int64)

@@ -21,7 +21,6 @@ from squeeze.kernels.prefill_index.api import (
     weigh_cells,
 )
 from squeeze.sparsify.index import to_dense_mask
-from squeeze.sparsify.prefill import moba
 from squeeze.sparsify.prefill.antidiagonal import Antidiagonal
 from squeeze.sparsify.prefill.block_topk import BlockTopk
 from squeeze.sparsify.prefill.flexprefill import Flexprefill
@@ -296,6 +295,7 @@ ROUTES = [
     ((2, 4, 2, 2048, 1280, 40), 128, 64, 4, 768),
     ((1, 3, 1, 3000, 256, 20), 128, 128, (0.0, 7.5, 30.0), 2688),
     ((1, 2, 2, 640, 640, 16), 256, 64, 9, 0),
+    ((1, 1, 1, 76800, 128, 16), 128, 64, 5, 76672),
 ]
 
 
@@ -407,8 +407,7 @@ def test_policies_list_what_pytorch_lists(policy):
     assert torch.equal(to_dense_mask(got, 470), to_dense_mask(expected, 470))
 
 
-def test_a_policy_routes_as_pytorch_routes(monkeypatch):
-    monkeypatch.setattr(moba, "ROUTED", True)
+def test_a_policy_routes_as_pytorch_routes():
     query, keys, starts = inputs((2, 4, 2, 2000, 1600, 16), torch.float32, "cpu", (0, 90), 6)
     for policy in (Moba(3, max_density=0.3), Moba(heads=(1, 2.5, 5, 40), chunk_size=256)):
         got, expected = (
@@ -419,9 +418,9 @@ def test_a_policy_routes_as_pytorch_routes(monkeypatch):
 
 
 def test_chunks_beyond_the_registers():
-    query, means = torch.ones(1, 1, 64, 16), torch.ones(1, 1, 513, 16)
-    call = (query, means, torch.ones(1, 64, dtype=torch.bool), 3, 3, 64, 64, 512 * 64)
-    with pytest.raises(UnsupportedError, match=r"prefill_index.*513 chunks.*at most 512"):
+    query, means = torch.ones(1, 1, 64, 16), torch.ones(1, 1, 1025, 16)
+    call = (query, means, torch.ones(1, 64, dtype=torch.bool), 3, 3, 64, 64, 1024 * 64)
+    with pytest.raises(UnsupportedError, match=r"prefill_index.*1025 chunks.*at most 1024"):
         route_chunks(*call, implementation=TRITON)
     assert route_chunks(*call).sum() == 3
 
@@ -449,7 +448,7 @@ def test_kernels_compile_and_keep_everything_in_registers():
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     for facts in json.loads(done.stdout.splitlines()[-1]):
-        assert facts["stack"] <= 64, facts
+        assert facts["stack"] <= 96, facts
         # The kernel for Hopper has a multiprocessor to itself.
         assert facts["shared"] <= (227 if facts["kernel"] == "weigh" else 160) * 1024, facts
 
@@ -582,6 +581,7 @@ def test_select_levels_on_a_gpu(per_head, blocks):
         ((1, 8, 2, 65536, 4096, 128), 128, 64, 7, 61440),
         ((1, 4, 2, 16384, 1024, 80), 128, 64, 40, 15360),
         ((1, 2, 1, 131072, 1024, 128), 256, 128, 7, 130048),
+        ((1, 8, 2, 131072, 1024, 128), 128, 64, 7, 130048),
         ((1, 2, 1, 24576, 512, 64), 128, 64, 12, 24064),
     ],
 )

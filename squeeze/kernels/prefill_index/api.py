@@ -20,8 +20,8 @@ from squeeze.types import Implementation
 OP = "prefill_index"
 # A row of weights is held in registers.
 MOST_BLOCKS = 32768
-# The gates of 64 queries are held in registers.
-MOST_CHUNKS = 512
+# The gates of 32 queries are held in registers.
+MOST_CHUNKS = 1024
 # A share counts as reached a little earlier: what float32 rounds, or divides inexactly, does not
 # decide where a row's weights add up to just that share.
 REACHED = 1 - 2.0**-20
@@ -132,6 +132,7 @@ def round_queries(
     lengths: Tensor,
     size: int,
     first: int,
+    stride: int,
     scaling: float,
     softcap: float | None,
     bits: int,
@@ -141,7 +142,8 @@ def round_queries(
     """Round queries to few bits, and sum the exact scores of the keys near them.
 
     Args:
-        query: By position, from block ``first`` on, whole blocks, ``[B, H, n * size, D]``.
+        query: By position, from block ``first`` on, whole blocks, of each the first query and
+            every ``stride``-th after it, ``[B, H, n * size / stride, D]``.
         keys: By position, whole blocks, ``[B, H_kv, N * size, D]``.
         mean: Taken off the queries that are rounded, float32 ``[B, H, 1, D]``.
         key_mean: Taken off the keys, float32 ``[B, H_kv, 1, D]``.
@@ -149,20 +151,23 @@ def round_queries(
         lengths: Real tokens of each row, int64 ``[B]``.
         size: Tokens per block.
         first: Block that holds the first query.
+        stride: Tokens from one query to the next; 1, 2, 4 or 8.
         scaling, softcap, implementation: As for ``sampled_mass``.
         bits: Of the integers, 2 to 8.
     Returns:
-        Integers ``[B, H, n * size, D]``, int8 or, where that multiplies faster, float8_e4m3fn; the
-        scale of each token times ``scaling``, float32 ``[B, H, n * size]``; and ln l_i, l_i the sum
-        of exp(score) over block 0, the own one up to the query and the one before, likewise,
+        Integers shaped as ``query``, int8 or, where that multiplies faster, float8_e4m3fn; the
+        scale of each times ``scaling``, float32 ``[B, H, n * size / stride]``; and ln l_i, l_i the
+        sum of exp(score) over block 0, the own one up to the query and the one before, likewise,
         infinite where there is no query.
     Raises:
         ValueError: shapes that do not fit, or ``auto``.
         DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
     """
-    if query.shape[2] % size or keys.shape[2] < query.shape[2] + first * size:
+    fits = stride in (1, 2, 4, 8) and query.shape[2] * stride % size == 0
+    if not fits or keys.shape[2] < query.shape[2] * stride + first * size:
         raise ValueError(f"{OP}: queries {tuple(query.shape)} with keys {tuple(keys.shape)}")
-    call = (query, keys, mean, key_mean, begins, lengths, size, first, scaling, softcap, bits)
+    numbers = (begins, lengths, size, first, stride, scaling, softcap, bits)
+    call = (query, keys, mean, key_mean, *numbers)
     if _by_triton(query, implementation):
         from squeeze.kernels.prefill_index import elements
 
@@ -180,6 +185,7 @@ def weigh_elements(
     added: Tensor,
     size: int,
     first: int,
+    stride: int,
     softcap: float | None,
     rows: range,
     *,
@@ -196,7 +202,7 @@ def weigh_elements(
         key_codes: Integers of at most 8 bits, int8 ``[B, H_kv, N * size, D]``.
         key_scales: float32 ``[B, H_kv, N * size]``.
         added: float32 ``[B, H, N * size]``.
-        size, first, softcap, implementation: As for ``round_queries``.
+        size, first, stride, softcap, implementation: As for ``round_queries``.
         rows: Query blocks, by position.
     Returns:
         float32 ``[B, H, len(rows), rows.stop]``; undefined after a query block's own, where it also
@@ -204,13 +210,14 @@ def weigh_elements(
     Raises:
         ValueError: shapes that do not fit, or ``auto``.
         DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
-    Cost: T^2 / 2 eight-bit products of head size per head and all rows; nothing kept but what is
-        returned (``reference``: float32 products, by parts of 256 MiB).
+    Cost: T^2 / (2 stride) eight-bit products of head size per head and all rows; nothing kept but
+        what is returned (``reference``: float32 products, by parts of 256 MiB).
     """
-    queries = codes.shape[2] // size + first
+    queries = codes.shape[2] * stride // size + first
     if rows.start < first or rows.stop > queries or key_codes.shape[2] < rows.stop * size:
         raise ValueError(f"{OP}: blocks {rows} of {queries} and keys {tuple(key_codes.shape)}")
-    call = (codes, scales, totals, key_codes, key_scales, added, size, first, softcap, rows)
+    numbers = (size, first, stride, softcap, rows)
+    call = (codes, scales, totals, key_codes, key_scales, added, *numbers)
     if _by_triton(scales, implementation):
         from squeeze.kernels.prefill_index import elements
 
@@ -360,7 +367,7 @@ def route_chunks(
     Raises:
         ValueError: shapes that do not fit, or ``auto``.
         DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
-        UnsupportedError: ``triton`` with more than 512 chunks.
+        UnsupportedError: ``triton`` with more than 1024 chunks.
     Cost: ``triton``: three products of queries and means in the queries' precision, nothing kept
         but the shares; ``reference``: 4 bytes per query and chunk.
     """

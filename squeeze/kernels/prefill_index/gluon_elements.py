@@ -21,14 +21,14 @@ from squeeze.kernels.prefill_index.gluon import _next
 ROWS = gl.constexpr(128)  # queries of a consumer
 M = gl.constexpr(256)
 N = gl.constexpr(128)
-PEERS = gl.constexpr(16)  # queries of a product that one warp holds
+PEERS = gl.constexpr(16)  # queries of a product that one warp holds, if of one block
 LOG2_E = gl.constexpr(1.4426950408889634)
 PARTS = (gl.constexpr(0), gl.constexpr(1))
 PART_0, PART_1 = PARTS
 
 
 @gluon.jit
-def _item(turn, items, heads, number, begin, width, SIZE: gl.constexpr):
+def _item(turn, items, heads, number, begin, width, SIZE: gl.constexpr, STRIDE: gl.constexpr):
     """Return a turn's row and head, its tile of queries, and how many tiles of keys it reads.
 
     Items go from the longest to the shortest, and every other turn gives them out in the opposite
@@ -37,8 +37,8 @@ def _item(turn, items, heads, number, begin, width, SIZE: gl.constexpr):
     own = gl.program_id(0)
     programs = gl.num_programs(0)
     item = turn * programs + gl.where(turn % 2 == 0, own, programs - 1 - own)
-    tile = gl.maximum((number * SIZE + M - 1) // M - 1 - item // heads, 0)
-    last = gl.minimum(begin + (tile + 1) * M, width * SIZE)
+    tile = gl.maximum((number * (SIZE // STRIDE) + M - 1) // M - 1 - item // heads, 0)
+    last = gl.minimum(begin + (tile + 1) * (M * STRIDE), width * SIZE)
     return item % heads, tile, gl.where(item < items, (last + N - 1) // N, 0)
 
 
@@ -46,14 +46,14 @@ def _item(turn, items, heads, number, begin, width, SIZE: gl.constexpr):
 def _produce(
     codes, key_codes, q_ring, k_ring, q_full, q_free, k_full, k_free,
     start, number, begin, width, items, heads,
-    GROUPS: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring of keys, and the two places of queries."""
     slot = items * 0
     phase = items * 0
     turns = (items + gl.num_programs(0) - 1) // gl.num_programs(0)
     for turn in range(0, turns):
-        program, tile, tiles = _item(turn, items, heads, number, begin, width, SIZE)
+        program, tile, tiles = _item(turn, items, heads, number, begin, width, SIZE, STRIDE)
         place = turn % 2
         mbarrier.wait(q_free.index(place), (turn // 2 & 1) ^ 1)
         mbarrier.expect(q_full.index(place), codes.block_type.nbytes)
@@ -85,16 +85,18 @@ def _bounded(x, SOFTCAP: gl.constexpr):
 def _consume(
     scales, totals, key_scales, added, scratch, out, q_ring, k_ring, q_full, q_free, k_full,
     k_free, start, number, begin, width, padded, items, heads, queries, tokens,
-    PART: gl.constexpr, GROUPS: gl.constexpr, SIZE: gl.constexpr, SOFTCAP: gl.constexpr,
-    STAGES: gl.constexpr,
+    PART: gl.constexpr, GROUPS: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    SOFTCAP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Reduce the scores of 128 queries to a number per block of keys, one item after another.
 
     The first sweep over the keys keeps, in scratch memory of the program's own, the largest
-    relative score of every 16 queries, which one warp holds. The second joins them.
+    relative score of every 16 queries, or those of one block. The second joins them.
     """
     BLOCKS: gl.constexpr = N // SIZE
-    UNITS: gl.constexpr = ROWS // PEERS
+    EACH: gl.constexpr = SIZE // STRIDE
+    UNIT: gl.constexpr = EACH if EACH < PEERS else PEERS
+    UNITS: gl.constexpr = ROWS // UNIT
     EIGHT: gl.constexpr = q_ring.dtype.is_int()
     kind: gl.constexpr = gl.int32 if EIGHT else gl.float32
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 32])
@@ -108,10 +110,10 @@ def _consume(
     n = gl.arange(0, N, gl.SliceLayout(0, mma))
     begun = gl.zeros([ROWS, N], kind, mma)
     for turn in range(0, turns):
-        program, tile, tiles = _item(turn, items, heads, number, begin, width, SIZE)
+        program, tile, tiles = _item(turn, items, heads, number, begin, width, SIZE, STRIDE)
         place = turn % 2
         row = tile * M + PART * ROWS
-        there = row + m < number * SIZE
+        there = row + m < number * EACH
         at = program.to(gl.int64) * queries + start + row + m
         factor = gl.load(scales + at, mask=there, other=0.0)
         total = gl.load(totals + at, mask=there, other=float("inf"))
@@ -135,7 +137,7 @@ def _consume(
             totals_of: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, parts.type.layout))
             shift = gl.convert_layout(total, totals_of, assert_trivial=True)
             parts = _bounded(parts, SOFTCAP) - shift[:, None][:, :, None]
-            held = gl.max(gl.max(parts.reshape([UNITS, PEERS, BLOCKS, 4]), 1), 2)
+            held = gl.max(gl.max(parts.reshape([UNITS, UNIT, BLOCKS, 4]), 1), 2)
             kept: gl.constexpr = held.type.layout
             unit = gl.arange(0, UNITS, gl.SliceLayout(1, kept))
             j = gl.arange(0, BLOCKS, gl.SliceLayout(0, kept))
@@ -151,9 +153,9 @@ def _consume(
             held = gl.load(
                 scratch + unit[:, None] * padded + column[None, :], mask=known, other=0.0
             )
-            best = gl.max(held.reshape([ROWS // SIZE, SIZE // PEERS, N]), 1)
+            best = gl.max(held.reshape([ROWS // EACH, EACH // UNIT, N]), 1)
             final: gl.constexpr = best.type.layout
-            block = row // SIZE + gl.arange(0, ROWS // SIZE, gl.SliceLayout(1, final))
+            block = row // EACH + gl.arange(0, ROWS // EACH, gl.SliceLayout(1, final))
             own = step * N + gl.arange(0, N, gl.SliceLayout(0, final))
             keep = (block < number)[:, None] & (own < gl.minimum(width, tiles * BLOCKS))[None, :]
             gl.store(pointer + block.to(gl.int64)[:, None] * width + own[None, :], best, mask=keep)
@@ -166,8 +168,9 @@ def _consume(
 def weigh_elements(
     codes, key_codes, scales, totals, key_scales, added, scratch, out,
     start, number, begin, width, padded, items, heads, queries, tokens,
-    GROUPS: gl.constexpr, SIZE: gl.constexpr, WIDE: gl.constexpr, SOFTCAP: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    GROUPS: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr, WIDE: gl.constexpr,
+    SOFTCAP: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Find the largest relative score of every pair of blocks, for tiles of 256 queries.
 
@@ -194,16 +197,16 @@ def weigh_elements(
             (_consume, (
                 scales, totals, key_scales, added, scratch, out, q_ring, k_ring, q_full, q_free,
                 k_full, k_free, start, number, begin, width, padded, items, heads, queries, tokens,
-                PART_0, GROUPS, SIZE, SOFTCAP, STAGES,
+                PART_0, GROUPS, SIZE, STRIDE, SOFTCAP, STAGES,
             )),
             (_consume, (
                 scales, totals, key_scales, added, scratch, out, q_ring, k_ring, q_full, q_free,
                 k_full, k_free, start, number, begin, width, padded, items, heads, queries, tokens,
-                PART_1, GROUPS, SIZE, SOFTCAP, STAGES,
+                PART_1, GROUPS, SIZE, STRIDE, SOFTCAP, STAGES,
             )),
             (_produce, (
                 codes, key_codes, q_ring, k_ring, q_full, q_free, k_full, k_free,
-                start, number, begin, width, items, heads, GROUPS, SIZE, STAGES,
+                start, number, begin, width, items, heads, GROUPS, SIZE, STRIDE, STAGES,
             )),
         ],
         [4, 4],

@@ -10,8 +10,6 @@ from torch.nn.functional import pad
 ROWS, COLUMNS = 256, 128  # of one product: queries, keys
 STAGES = 5
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
-# Whether the kernel was compared with the reference on an H200; until then the portable one runs.
-COMPARED = False
 
 
 def _on_hopper(x: Tensor) -> bool:
@@ -25,12 +23,12 @@ def operand(query: Tensor, bits: int) -> torch.dtype:
     2^13, stay exact too; sums of integers would have to be converted, one instruction each.
     """
     small = bits <= 4 and query.shape[-1] <= 128
-    return torch.float8_e4m3fn if COMPARED and small and _on_hopper(query) else torch.int8
+    return torch.float8_e4m3fn if small and _on_hopper(query) else torch.int8
 
 
 def takes(codes: Tensor) -> bool:
     """Whether the kernel runs a call: on Hopper, of a head size that it covers."""
-    return COMPARED and _on_hopper(codes) and codes.shape[-1] in (64, 80, 128)
+    return _on_hopper(codes) and codes.shape[-1] in (64, 80, 128)
 
 
 def weigh_elements(
@@ -42,13 +40,14 @@ def weigh_elements(
     added: Tensor,
     size: int,
     first: int,
+    stride: int,
     softcap: float | None,
     rows: range,
 ) -> Tensor:
     """Launch once; arguments and results are those of ``api.weigh_elements``.
 
     ``codes`` and ``key_codes`` of one dtype, int8 or float8_e4m3fn. Scratch memory: a number per 16
-    of the queries at work and block of keys.
+    of the queries at work, or those of one block if they are fewer, and block of keys.
     """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -67,18 +66,20 @@ def weigh_elements(
         layout = gl.NVMMASharedLayout.get_default_for(block, kind)
         return TensorDescriptor.from_tensor(x.flatten(0, 1), block, layout)
 
-    tiles, width = triton.cdiv(len(rows) * size, ROWS), rows.stop
+    each = size // stride
+    tiles, width = triton.cdiv(len(rows) * each, ROWS), rows.stop
     items = B * H * tiles
     grid = min(items, torch.cuda.get_device_properties(device).multi_processor_count)
     padded = triton.cdiv(width, blocks) * blocks
-    scratch = torch.empty(grid * ROWS // 16 * padded, dtype=torch.float32, device=device)
+    scratch = torch.empty(grid * ROWS // min(16, each) * padded, dtype=torch.float32, device=device)
     out = torch.empty(B, H, len(rows), width, dtype=torch.float32, device=device)
     kernel[(grid,)](
         described(codes, ROWS), described(key_codes, COLUMNS), scales, totals,
         key_scales.contiguous(), added.contiguous(), scratch, out,
-        (rows.start - first) * size, len(rows), rows.start * size, width, padded, items, B * H,
+        (rows.start - first) * each, len(rows), rows.start * size, width, padded, items, B * H,
         queries, tokens + end,
-        GROUPS=H // H_kv, SIZE=size, WIDE=wide, SOFTCAP=softcap or 0.0, STAGES=STAGES,
-        CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4,
+        GROUPS=H // H_kv, SIZE=size, STRIDE=stride, WIDE=wide, SOFTCAP=softcap or 0.0,
+        STAGES=STAGES, CONSUMER_REGISTERS=CONSUMER_REGISTERS,
+        PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4,
     )  # fmt: skip
     return out

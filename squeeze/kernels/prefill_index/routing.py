@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 64  # queries to one product; their gates are held in registers
-DEPTH = 32  # channels of one product
+GATES = 32768  # of the queries to one product, held in registers
+TILE = 64  # queries to one product, at most
+DEPTH = 32  # channels of one product, half as many of fewer queries
 
 
 @triton.jit
@@ -19,9 +20,15 @@ def _gates(
     D: tl.constexpr, WIDE: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
     COLUMNS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Multiply TILE queries with the parts that the means were split into, ``[TILE, COLUMNS]``."""
+    """Multiply TILE queries with the parts that the means were split into, ``[TILE, COLUMNS]``.
+
+    Hopper multiplies 64 rows at a time: fewer queries stand for the columns of the product.
+    """
     columns = tl.arange(0, COLUMNS)
-    gates = tl.zeros((TILE, COLUMNS), tl.float32)
+    if TILE < 64:
+        gates = tl.zeros((COLUMNS, TILE), tl.float32)
+    else:
+        gates = tl.zeros((TILE, COLUMNS), tl.float32)
     for step in range(PARTS * (WIDE // DEPTH)):
         channels = step // PARTS * DEPTH + tl.arange(0, DEPTH)
         inside = (channels < D)[None, :]
@@ -31,7 +38,12 @@ def _gates(
         if UPCAST:
             q = q.to(tl.float32)
             k = k.to(tl.float32)
-        gates = tl.dot(q, tl.trans(k), gates, input_precision="ieee")
+        if TILE < 64:
+            gates = tl.dot(k, tl.trans(q), gates, input_precision="ieee")
+        else:
+            gates = tl.dot(q, tl.trans(k), gates, input_precision="ieee")
+    if TILE < 64:
+        gates = tl.trans(gates)
     return gates
 
 
@@ -88,7 +100,7 @@ def _route(
     for part in range(SIZE // TILE):
         rows = (r * SIZE + part * TILE + tl.arange(0, TILE)).to(tl.int64)
         gates = _gates(
-            q_rows, q_strides[2], q_strides[3], k_rows, k_strides[0], rows, width,
+            q_rows, q_strides[2], q_strides[3], k_rows, k_strides[0], rows, tl.minimum(width, own),
             D, WIDE, DEPTH, PARTS, COLUMNS, TILE, UPCAST,
         )  # fmt: skip
         gates = tl.where(visible, gates, -float("inf"))
@@ -159,15 +171,16 @@ def launch(
     (B, H, queries, D), (H_kv, width) = query.shape, parts.shape[2:4]
     columns, wide = max(32, triton.next_power_of_2(width)), max(16, triton.next_power_of_2(D))
     blocks, per_head = queries // size, isinstance(numbers, Tensor)
+    tile = min(TILE, GATES // columns)
     out = torch.empty(B, H, blocks, width, dtype=torch.float32, device=query.device)
     _route[(blocks, B * H)](
         query, parts, real, numbers if per_head else None, out,
         query.stride(), parts.stride()[:3], real.stride(0), 0 if per_head else numbers,
         H, first, blocks, width,
-        GROUPS=H // H_kv, CHUNK=chunk_size, SIZE=size, D=D, WIDE=wide, DEPTH=min(DEPTH, wide),
-        PARTS=parts.shape[0], PER_HEAD=per_head, COLUMNS=columns,
-        TILE=TILE,
+        GROUPS=H // H_kv, CHUNK=chunk_size, SIZE=size, D=D, WIDE=wide,
+        DEPTH=min(DEPTH * tile // TILE, wide), PARTS=parts.shape[0], PER_HEAD=per_head,
+        COLUMNS=columns, TILE=tile,
         UPCAST=query.dtype != torch.bfloat16 or triton.knobs.runtime.interpret,
-        num_warps=max(4, columns // 32),
+        num_warps=min(16, max(4, columns // 32)),
     )  # fmt: skip
     return out

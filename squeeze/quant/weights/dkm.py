@@ -43,7 +43,7 @@ class Dkm(Palette):
         entry_rate: Learning rate of entries, in units of the largest, and of the scales' logarithm.
         weight_rate: Learning rate of weights, in the same units.
         echo: Share of sequences whose second half repeats passages of the first, so that looking
-            back is trained as well as guessing.
+            back is trained as well as guessing; see ``squeeze.echoes``.
         own_text: Share of sequences that the dense model wrote itself, going on from calibration
             text: fresh text where the calibration text is short.
         hidden: What a relative squared error of the layers' outputs counts beside the divergence.

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from squeeze.registry import register
 from squeeze.sparsify.estimate import Span, aligned, offset_mass, sampled_weights
-from squeeze.sparsify.index import MIN_LENGTH, compact, compact_segments
+from squeeze.sparsify.index import compact, compact_segments
 from squeeze.sparsify.selection import PAIR_BYTES, list_blocks, segments
 from squeeze.types import BlockIndex
 
@@ -54,7 +54,7 @@ class Grid:
     max_text: Annotated[int, Ge(0)] = 4096
     max_density: Annotated[float, Gt(0), Le(1)] = 1.0
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
+    min_length: Annotated[int, Ge(1)] = 20480
     statistics: ClassVar[tuple[str, ...]] = ()
     asks_types: ClassVar[bool] = True
 

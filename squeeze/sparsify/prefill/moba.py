@@ -13,13 +13,9 @@ from torch import Tensor
 from squeeze.kernels.prefill_index.api import MOST_CHUNKS, route_chunks
 from squeeze.registry import register
 from squeeze.sparsify.estimate import FEW, Span, aligned, block_means, pooled_bytes
-from squeeze.sparsify.index import NEVER
 from squeeze.sparsify.selection import list_blocks, per_head
 from squeeze.sparsify.tail import dense_tail
 from squeeze.types import BlockIndex, Implementation
-
-# Whether the kernel that routes was compared with PyTorch's on a GPU; until then that is used.
-ROUTED = False
 
 
 @register(source="https://arxiv.org/abs/2502.13189", year=2025)
@@ -37,9 +33,7 @@ class Moba:
         max_density: Most of its causal blocks that a query block may list; at least 16 blocks.
         max_tokens: Most tokens that a query block may list, at least 16 blocks; 0: no such bound.
         block_size: Tokens per block of the index.
-        min_length: Shorter prompts are attended densely; all, unless it is set. On an H200 a
-            selection (``topk``) for every query takes twice as long as cuDNN's dense attention at
-            65536 tokens; that a pass for each chunk of ``top_k`` takes less was not measured.
+        min_length: Shorter prompts are attended densely.
         dense_queries: Last tokens of the prompt whose queries read everything.
         heads: The chunks per query of each query head in place of ``top_k``; calibration fills it
             in where the recipe has ``attention.mean_density``.
@@ -55,7 +49,7 @@ class Moba:
     chunk_size: Literal[128, 256, 512, 1024, 2048, 4096] = 128
     max_density: Annotated[float, Gt(0), Le(1)] = 0.25
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = NEVER
+    min_length: Annotated[int, Ge(1)] = 32768
     dense_queries: Annotated[int, Ge(0)] = 0
     max_tokens: Annotated[int, Ge(0)] = 0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()
@@ -91,7 +85,7 @@ class Moba:
         real = span.query_counts(1) > 0  # [B, queries]
         earlier = per_head(self.top_k, self.heads, query) - 1  # chunks, beside the own
         most = math.ceil(max(self.heads, default=self.top_k)) - 1
-        routed = ROUTED and k.shape[2] <= MOST_CHUNKS
+        routed = k.shape[2] <= MOST_CHUNKS
         routing = implementation if routed else Implementation.REFERENCE
 
         def weigh(rows: range) -> Tensor:

@@ -13,7 +13,6 @@ from squeeze.kernels.prefill_index.api import sampled_mass
 from squeeze.registry import register
 from squeeze.sparsify import selection
 from squeeze.sparsify.estimate import Span, aligned, causal_softmax, pooled_bytes, scores
-from squeeze.sparsify.index import MIN_LENGTH
 from squeeze.sparsify.selection import list_blocks, per_head
 from squeeze.sparsify.tail import dense_tail
 from squeeze.types import BlockIndex, Implementation
@@ -35,7 +34,8 @@ class Permuted:
         max_density: Most of its causal blocks that a query block may list; at least 16 blocks.
         max_tokens: Most tokens that a query block may list, at least 16 blocks; 0: no such bound.
         block_size: Tokens per block of the index.
-        min_length: Shorter prompts are attended densely.
+        min_length: Shorter prompts are attended densely. On an H200 the index takes 61% of the time
+            of dense attention at 16384 tokens and 14% at 32768.
         dense_queries: Last tokens of the prompt whose queries read everything.
         heads: The share of each query head in place of ``mass``; calibration fills it in where
             the recipe has ``attention.mean_density``.
@@ -53,7 +53,7 @@ class Permuted:
     segment_size: Literal[128, 256, 512, 1024] = 256
     max_density: Annotated[float, Gt(0), Le(1)] = 0.5
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
+    min_length: Annotated[int, Ge(1)] = 32768
     dense_queries: Annotated[int, Ge(0)] = 0
     max_tokens: Annotated[int, Ge(0)] = 0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()

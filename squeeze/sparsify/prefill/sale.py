@@ -12,14 +12,11 @@ from torch import Tensor
 from squeeze.kernels.prefill_index.api import round_queries, rounded, weigh_elements
 from squeeze.registry import register
 from squeeze.sparsify.estimate import Span, aligned
-from squeeze.sparsify.index import NEVER
 from squeeze.sparsify.selection import PAIR_BYTES, list_blocks, per_head
 from squeeze.sparsify.tail import dense_tail
 from squeeze.types import BlockIndex, Implementation
 
 ELEMENT_BYTES = 12  # of one estimated score and what it is made from
-# Whether the kernels that estimate were compared with PyTorch's on a GPU; until then that is used.
-ESTIMATED = False
 
 
 @register(source="https://arxiv.org/abs/2505.24179", year=2025)
@@ -35,32 +32,34 @@ class Sale:
     Args:
         threshold: Relative score that keeps a block, tau; 0 reads everything.
         bits: Of the rounded queries and keys.
+        query_stride: Only the first query of each block and every so many-th after it estimate; 1:
+            all do, as in the source, whose low-bit products are faster than Hopper's.
         max_density: Most of its causal blocks that a query block may list, those of the largest
             element first; at least 16 blocks.
         max_tokens: Most tokens that a query block may list, at least 16 blocks; 0: no such bound.
         block_size: Tokens per block of the index.
-        min_length: Shorter prompts are attended densely; all, unless it is set. The estimate
-            multiplies every query with every key, as dense attention does, in float32: on an H200
-            the index takes 16 times as long as cuDNN's dense attention at 65536 tokens. Kernels
-            that multiply eight-bit numbers are off until they were compared on a GPU.
+        min_length: Shorter prompts are attended densely.
         dense_queries: Last tokens of the prompt whose queries read everything.
         heads: The threshold of each query head in place of ``threshold``; calibration fills it in
             where the recipe has ``attention.mean_density``.
-    Cost: T^2 / 2 low-bit products of head size per head, none left out, as in the source; segments
-        of 256 MiB. Dense attention has twice as many products, and Hopper's fastest, of eight bits,
-        are twice as fast as its own: at equal efficiency the estimate takes a quarter of its time.
+    Cost: T^2 / (2 query_stride) low-bit products of head size per head; segments of 256 MiB. Dense
+        attention has twice T^2 / 2 products, and Hopper's fastest, of eight bits, are twice as fast
+        as its own: at equal efficiency the estimate of all queries takes a quarter of its time.
     Source: Ji et al. 2025, https://arxiv.org/abs/2505.24179, sections 3.1 to 3.3;
         https://github.com/BirdChristopher/SALE.
-    Differs: blocks of keys of 64 or 128, not 32; a scale per token; integers are multiplied in
-        floating point, exactly (Hopper has no 4-bit products); per-head thresholds come from
-        ``squeeze.budgets``, not from halving until an error is met; a bound on the list.
+    Differs: one query of ``query_stride`` estimates, and a block whose queries begin after its last
+        that would reads everything; blocks of keys of 64 or 128, not 32; a scale per token;
+        integers are multiplied in floating point, exactly (Hopper has no 4-bit products); per-head
+        thresholds come from ``squeeze.budgets``, not from halving until an error is met; a bound on
+        the list.
     """
 
     threshold: Annotated[float, Ge(0)] = 0.01
     bits: Annotated[int, Ge(2), Le(8)] = 4
+    query_stride: Literal[1, 2, 4, 8] = 8
     max_density: Annotated[float, Gt(0), Le(1)] = 0.5
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = NEVER
+    min_length: Annotated[int, Ge(1)] = 32768
     dense_queries: Annotated[int, Ge(0)] = 0
     max_tokens: Annotated[int, Ge(0)] = 0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()
@@ -94,8 +93,8 @@ class Sale:
         """
         size, H = self.block_size, query.shape[1]
         span = Span.of(query, keys, starts, size)
-        by = implementation if ESTIMATED else Implementation.REFERENCE
-        estimate = _Estimate(query, keys, span, scaling, softcap, self.bits, by)
+        numbers = (self.bits, self.query_stride)
+        estimate = _Estimate(query, keys, span, scaling, softcap, *numbers, implementation)
 
         def nearest(rows: range) -> Tensor:
             own = torch.arange(rows.start, rows.stop, device=query.device)[:, None]
@@ -115,17 +114,17 @@ class Sale:
             most=-(-self.max_tokens // size),
             floor=floor / (1 + floor),
             require=nearest,
-            pair_bytes=_pair_bytes(size, by),
+            pair_bytes=_pair_bytes(size // self.query_stride, implementation),
         )
         return dense_tail(index, span.lengths, self.dense_queries)
 
 
-def _pair_bytes(size: int, implementation: Implementation) -> int:
+def _pair_bytes(each: int, implementation: Implementation) -> int:
     """Return the scratch memory of a pair of blocks, which bounds how many are weighed at once."""
     if implementation is Implementation.TRITON:
         return 4
     # Some query blocks at a time, as blocks of keys after them are estimated in vain.
-    return PAIR_BYTES + 4 * size * ELEMENT_BYTES
+    return PAIR_BYTES + 4 * each * ELEMENT_BYTES
 
 
 class _Estimate:
@@ -142,12 +141,15 @@ class _Estimate:
         scaling: float,
         softcap: float | None,
         bits: int,
+        stride: int,
         implementation: Implementation,
     ) -> None:
-        self.span, self.softcap, self.implementation = span, softcap, implementation
-        q, keys = span.queries(query), aligned(keys, span.starts, span.size)
-        count = span.query_counts(1).sum(-1).clamp(min=1)[:, None, None, None]
-        mean = q.sum(2, keepdim=True, dtype=torch.float32) / count
+        self.span, self.softcap, self.stride = span, softcap, stride
+        self.implementation = implementation
+        q, keys = span.queries(query)[:, :, ::stride], aligned(keys, span.starts, span.size)
+        begin, end = (-(-n // stride) for n in (span.begins, span.lengths))
+        mean = q.sum(2, keepdim=True, dtype=torch.float32)
+        mean = mean / (end - begin).clamp(min=1)[:, None, None, None]
         k = keys.float()
         key_mean = k.new_zeros(*k.shape[:2], 1, k.shape[-1])
         if softcap is None:
@@ -157,7 +159,7 @@ class _Estimate:
         grouped = mean.view(*k.shape[:2], -1, k.shape[-1]) * scaling
         self.added = (grouped @ k.mT).flatten(1, 2)  # [B, H, N * size]
         self.keys = rounded(k, bits)
-        self.queries = round_queries(
+        codes, scales, totals = round_queries(
             q,
             keys,
             mean,
@@ -166,14 +168,29 @@ class _Estimate:
             span.lengths,
             span.size,
             span.first,
+            stride,
             scaling,
             softcap,
             bits,
             implementation=implementation,
         )
+        self.queries = codes, scales, self._unseen(totals)
+
+    def _unseen(self, totals: Tensor) -> Tensor:
+        """Have a block read everything whose queries begin after the last that would estimate."""
+        span, stride = self.span, self.stride
+        if stride == 1 or (span.starts is None and span.before % stride == 0):
+            return totals
+        end = span.blocks * span.size
+        place = torch.arange(span.first * span.size, end, stride, device=totals.device)
+        begins = span.begins[:, None]
+        unseen = (place < begins) & (begins < place + stride)
+        unseen &= (place + stride) % span.size == 0
+        return totals.masked_fill(unseen[:, None], -torch.inf)
 
     def weigh(self, rows: range) -> Tensor:
         """Return r / (1 + r) of each block's largest relative score, ``[B, H, R, rows.stop]``."""
         size, first = self.span.size, self.span.first
-        call = (*self.queries, *self.keys, self.added, size, first, self.softcap, rows)
+        numbers = (size, first, self.stride, self.softcap, rows)
+        call = (*self.queries, *self.keys, self.added, *numbers)
         return weigh_elements(*call, implementation=self.implementation).sigmoid_()

@@ -16,7 +16,6 @@ from squeeze.sparsify.estimate import (
     pooled_bytes,
     pooled_weights,
 )
-from squeeze.sparsify.index import MIN_LENGTH
 from squeeze.sparsify.selection import list_blocks, per_head, segments
 from squeeze.sparsify.tail import dense_tail
 from squeeze.types import BlockIndex, Implementation
@@ -43,7 +42,8 @@ class Sparge:
             What varies inside comes first.
         max_tokens: Most tokens that a query block may list, at least 16 blocks; 0: no such bound.
         block_size: Tokens per block of the index.
-        min_length: Shorter prompts are attended densely.
+        min_length: Shorter prompts are attended densely. On an H200 the index takes 55% of the time
+            of dense attention at 16384 tokens and 16% at 32768.
         dense_queries: Last tokens of the prompt whose queries read everything.
         heads: The share of each query head in place of ``mass``; calibration fills it in where
             the recipe has ``attention.mean_density``.
@@ -60,7 +60,7 @@ class Sparge:
     similarity: Annotated[float, Ge(-1), Le(1)] = 0.0
     max_density: Annotated[float, Gt(0), Le(1)] = 0.5
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
+    min_length: Annotated[int, Ge(1)] = 20480
     dense_queries: Annotated[int, Ge(0)] = 0
     max_tokens: Annotated[int, Ge(0)] = 0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()

@@ -28,13 +28,13 @@ def oracle(policy, query, keys):
     """Read the lists of one head off the policy's words, row by row."""
     size, T = policy.block_size, len(keys)
     keys = keys - keys.mean(0)
-    mean = query.mean(0)
+    mean = query[:: policy.query_stride].mean(0)
     small_q, small_k = low(query - mean, policy.bits), low(keys, policy.bits)
     estimate = SCALING * (small_q @ small_k.T + mean @ keys.T)
     exact, result = SCALING * query @ keys.T, []
     for i in range(-(-T // size)):
         best = [0.0] * (i + 1)
-        for t in range(i * size, min((i + 1) * size, T)):
+        for t in range(i * size, min((i + 1) * size, T), policy.query_stride):
             near = [j for j in range(t + 1) if j // size in (0, i - 1, i)]
             total = exact[t, near].logsumexp(0)
             scores = (estimate[t] - total).exp().tolist()
@@ -46,17 +46,21 @@ def oracle(policy, query, keys):
 
 
 @pytest.mark.parametrize(
-    ("T", "heads", "threshold", "bits", "size", "starts"),
+    ("T", "heads", "threshold", "bits", "size", "starts", "stride"),
     [
-        (700, (2, 2), 0.2, 4, 64, None),
-        (457, (3, 1), 0.05, 3, 64, [0, 100]),
-        (500, (4, 1), 0.5, 8, 64, [236, 3]),
-        (890, (8, 1), 0.3, 4, 128, None),
-        (40, (1, 1), 0.1, 4, 64, None),
+        (700, (2, 2), 0.2, 4, 64, None, 1),
+        (457, (3, 1), 0.05, 3, 64, [0, 100], 1),
+        (500, (4, 1), 0.5, 8, 64, [236, 3], 1),
+        (890, (8, 1), 0.3, 4, 128, None, 1),
+        (40, (1, 1), 0.1, 4, 64, None, 1),
+        (700, (2, 2), 0.1, 4, 64, None, 8),
+        (457, (3, 1), 0.05, 4, 64, [0, 101], 2),
+        (500, (4, 1), 0.3, 8, 64, [235, 3], 8),
+        (891, (8, 1), 0.3, 4, 128, None, 4),
     ],
 )
-def test_against_the_words(T, heads, threshold, bits, size, starts):
-    policy = Sale(threshold, bits, block_size=size)
+def test_against_the_words(T, heads, threshold, bits, size, starts, stride):
+    policy = Sale(threshold, bits, stride, block_size=size)
     check_against(policy, oracle, T=T, heads=heads, starts=starts, seed=T)
 
 
@@ -73,6 +77,21 @@ def test_one_heavy_element_keeps_its_block():
     rows = lists(Sale(0.1, 8, max_density=1.0).index(query, keys, None, 1.0), 0, 0)
     assert rows[15] == [0, 7, 14, 15]
     assert rows[6] == [0, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("before", "everything"), [(256, False), (312, False), (313, True), (319, True), (320, False)]
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_block_without_a_query_that_estimates_reads_everything(before, everything, padded):
+    """Blocks 4 and 5 hold the first query; that of block 4 at 312 is its last to estimate."""
+    query, keys = torch.ones(1, 1, 1280 - before, 4), torch.zeros(1, 1, 1280, 4)
+    policy = Sale(0.1, 8, query_stride=8, max_density=1.0)
+    starts = torch.zeros(1, dtype=torch.int64) if padded else None
+    rows = lists(policy.index(query, keys, starts, 1.0), 0, 0)
+    own = before // 64
+    assert rows[own] == ([0, 1, 2, 3, 4] if everything else [0, own - 1, own])
+    assert rows[own + 1] == [0, own, own + 1]
 
 
 def test_a_budget_of_each_head():
