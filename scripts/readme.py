@@ -94,6 +94,22 @@ def steps(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"{place(result)}, {conditions}."]) + "\n"
 
 
+def agreement(result: Mapping[str, Any]) -> str:
+    """Say how often steps choose the reference's token."""
+    steps = result["rows"][0]["steps"]
+    shares = [
+        f"{row['argmax_equal']:.1%} of them in {row['dtype']} (the reference itself in "
+        f"{row['dtype']}: {row['reference_equal']:.1%}), and in "
+        f"{row['decided_equal']:.0%} of the {row['decided']} where rounding cannot decide"
+        for row in result["rows"]
+    ]
+    return (
+        f"Over {steps} steps of the embedded model, the tokens given, the likeliest next token is "
+        f"that of the reference in float32 in {'; in '.join(shares)}: "
+        "`python -m benchmarks.run step_agreement`.\n"
+    )
+
+
 def prefill(result: Mapping[str, Any]) -> str:
     """Lay out the measured prefill of a whole model, a line per length, a column per policy."""
     names = list(dict.fromkeys(row["implementation"] for row in result["rows"]))
@@ -145,6 +161,7 @@ def encoding(result: Mapping[str, Any]) -> str:
 MEASURED = {
     "speed": ("decode_attention", speed),
     "steps": ("decode_step", steps),
+    "agreement": ("step_agreement", agreement),
     "prefill": ("prefill_speed", prefill),
     "encoding": ("kv_encode", encoding),
 }
