@@ -14,8 +14,8 @@ from launched import absent, launches, run_tool, usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from squeeze.kernels.lut_linear import few_rows, whole_rows, wide_rows
 from squeeze.kernels.lut_linear import triton as kernel
-from squeeze.kernels.lut_linear import whole_rows, wide_rows
 from squeeze.types import ClusteredWeight
 
 POINTERS = dict.fromkeys(("x", "y", "bias", "dense"), "*bf16") | {
@@ -28,6 +28,7 @@ FEW = (
     (2, "int8", 1, (4096, 14336)),
     (3, "int8", 1, (14336, 4096)),
     (4, "int8", 1, (4096, 4096)),
+    (4, "int8", 1, (4096, 14336)),
     (2, "int8", 4, (333, 1000)),
     (3, "int8", 4, (4096, 4096)),
     (4, "int8", 4, (14336, 4096)),
@@ -77,13 +78,13 @@ def weight(bits, entries, shape):
     return ClusteredWeight(indices, codebook, scale, bits, shape, 1, columns)
 
 
-def few_rows(case):
+def by_warps(case):
     """What the launcher starts for few rows of x: bfloat16 and a bias, or float16 and none."""
     bits, entries, rows, shape = case
     dtype = torch.float16 if bits == 3 else torch.bfloat16
     bias = None if bits == 3 else absent(shape[0], dtype=dtype)
     with launches(90) as made:
-        kernel.lut_linear(absent(rows, shape[1], dtype=dtype), weight(bits, entries, shape), bias)
+        few_rows.lut_linear(absent(rows, shape[1], dtype=dtype), weight(bits, entries, shape), bias)
     for name, compiled in made:
         facts = {"kernel": name, "case": case, **usage(compiled)}
         facts["warps"] = compiled.metadata.num_warps
@@ -143,7 +144,7 @@ def main():
             facts["lookups"] = compiled.asm["ptx"].count("0x4B000000")
             rows.append(facts)
     if "90" in sys.argv[1:]:
-        rows += [facts for case in FEW for facts in few_rows(case)]
+        rows += [facts for case in FEW for facts in by_warps(case)]
         rows += by_warpgroups()
     print(json.dumps(rows))
 

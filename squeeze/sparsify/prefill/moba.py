@@ -13,6 +13,7 @@ from torch import Tensor
 from squeeze.kernels.prefill_index.api import MOST_CHUNKS, route_chunks
 from squeeze.registry import register
 from squeeze.sparsify.estimate import FEW, Span, aligned, block_means, pooled_bytes
+from squeeze.sparsify.index import MIN_LENGTH
 from squeeze.sparsify.selection import list_blocks, per_head
 from squeeze.sparsify.tail import dense_tail
 from squeeze.types import BlockIndex, Implementation
@@ -49,7 +50,7 @@ class Moba:
     chunk_size: Literal[128, 256, 512, 1024, 2048, 4096] = 128
     max_density: Annotated[float, Gt(0), Le(1)] = 0.25
     block_size: Literal[64, 128] = 64
-    min_length: Annotated[int, Ge(1)] = 32768
+    min_length: Annotated[int, Ge(1)] = MIN_LENGTH
     dense_queries: Annotated[int, Ge(0)] = 0
     max_tokens: Annotated[int, Ge(0)] = 0
     heads: tuple[Annotated[float, Ge(0)], ...] = ()
