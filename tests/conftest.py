@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# The processes that tests start keep to one core too: pytest -n runs several side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
