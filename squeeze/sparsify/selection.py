@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from squeeze.kernels.prefill_index.api import select_blocks
+from squeeze.kernels.prefill_index.api import add_masses, select_blocks
 from squeeze.kernels.prefill_index.reference import ranked as ranked
 from squeeze.sparsify.estimate import PAIR_BYTES as PAIR_BYTES
-from squeeze.sparsify.estimate import Span
+from squeeze.sparsify.estimate import Span, pooled_bytes
 from squeeze.types import BlockIndex, Implementation
 
 # Bytes that one segment of query blocks may take while it is scored and sorted.
@@ -81,6 +81,24 @@ def total_budget(
     return sum(budget(row, share, least, most) for row in range(first, blocks))
 
 
+def _scaled(
+    shares: float | Tensor, first: int, blocks: int, least: int, most: int, device: torch.device
+) -> Tensor:
+    """Return the budgets of query blocks, int32 ``[blocks - first]``, or ``[H, ...]`` of heads'."""
+    rows = torch.arange(first + 1, blocks + 1, device=device).double()
+    return (rows * shares).ceil().clamp(min=least, max=most).int()
+
+
+# Every layer of a prompt asks for the same.
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _limits(
+    share: float, first: int, blocks: int, least: int, most: int, device: torch.device
+) -> Tensor:
+    """Return what ``_scaled`` does of one number."""
+    return _scaled(share, first, blocks, least, most, device)
+
+
 def list_blocks(
     weigh: Callable[[range], Tensor],
     lengths: Tensor,
@@ -131,9 +149,8 @@ def list_blocks(
     counts, offsets = (zeros(*shape, n, device=lengths.device) for n in (blocks, blocks + 1))
     # The last slot takes what is not listed.
     ids = zeros(*shape, capacity + 1, device=lengths.device)
-    shares = share if limit is None else limit.squeeze(-1)  # [H, 1]
-    limits = torch.arange(first + 1, blocks + 1, device=lengths.device).double() * shares
-    limits = limits.ceil().clamp(min=least, max=budget(blocks - 1, share, least, most)).int()
+    bounds = first, blocks, least, budget(blocks - 1, share, least, most), lengths.device
+    limits = _limits(share, *bounds) if limit is None else _scaled(limit.squeeze(-1), *bounds)
     for rows in triangle(blocks, shape[0] * heads * pair_bytes, first):
         select_blocks(
             weigh(rows),
@@ -157,7 +174,7 @@ def mass_floor(
     span: Span,
     heads: int,
     mass: float | Tensor,
-    pair_bytes: int = FLOOR_BYTES,
+    implementation: Implementation = Implementation.REFERENCE,
 ) -> Tensor:
     """Find, per head, the weight from which on blocks hold ``mass`` of the weight of all rows.
 
@@ -169,22 +186,21 @@ def mass_floor(
         span: Of the call.
         heads: Query heads, H.
         mass: Share of the weight of the whole map, one number or float32 ``[H, 1]``.
-        pair_bytes: Scratch memory of one pair of blocks.
+        implementation: Of the histogram.
     Returns:
         float32 ``[B, H, 1, 1]``; 0 where every block is needed.
     """
     B, octave, bins = span.lengths.shape[0], 32, 1024
     held = torch.zeros(B, heads, bins, dtype=torch.int64, device=span.lengths.device)
+    triton = implementation is Implementation.TRITON
+    pair_bytes = pooled_bytes(implementation) if triton else FLOOR_BYTES
     for rows in triangle(span.blocks, B * heads * pair_bytes, span.first):
         weights = weigh(rows)
         if span.starts is not None:
             padding = (span.query_counts(span.size) == 0)[:, None, :, None]
             weights = weights.masked_fill(span.part(padding, rows), 0.0)
-        weights = weights.flatten(-2)
         # Integers: sums of floats would depend on the order in which a GPU adds them.
-        amounts = (weights * 2.0**40).long()
-        weights = weights.log2().mul_(-octave).clamp_(0, bins - 1)
-        held.scatter_add_(-1, weights.long(), amounts)
+        add_masses(weights, octave, 2.0**40, held, implementation=implementation)
     enough = (held.cumsum(-1) < mass * held.sum(-1, keepdim=True)).sum(-1)  # [B, H], bin
     floor = torch.exp2(-(enough + 1).float() / octave)
     return floor.masked_fill(enough >= bins - 1, 0.0)[..., None, None]

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from squeeze.kernels.prefill_index import elements, hopper_elements
+from squeeze.kernels.prefill_index import elements, hopper_elements, key_elements
 from tests.kernels.launched import absent, launches, usage
 
 
@@ -27,6 +27,12 @@ def rounding(dtype, heads, kv_heads, T, D, size, softcap=None, bits=4, stride=1)
     elements.round_queries(query, keys, *means, lengths, lengths, *numbers)
 
 
+def keying(dtype, heads, kv_heads, T, D, bits=4):
+    """Round all keys."""
+    means = empty(1, kv_heads, 1, D), empty(1, heads, 1, D)
+    key_elements.round_keys(empty(1, kv_heads, T, D, dtype=dtype), *means, 0.1, bits)
+
+
 def weighing(launch, dtype, heads, kv_heads, T, D, size, softcap=None, stride=1):
     """Weigh all blocks."""
     codes = empty(1, heads, T // stride, D, dtype=dtype)
@@ -43,10 +49,12 @@ def main():
         with launches(capability) as made:
             rounding(torch.bfloat16, 32, 8, 131072, 128, 64)
             rounding(torch.bfloat16, 32, 8, 131072, 128, 64, stride=8)
+            keying(torch.bfloat16, 32, 8, 131072, 128)
             weighing(elements.weigh_elements, torch.int8, 32, 8, 131072, 128, 64)
             weighing(elements.weigh_elements, torch.int8, 32, 8, 131072, 128, 64, stride=8)
             if capability == 90:
                 rounding(torch.float16, 6, 2, 1280, 80, 128, 30.0, 8)
+                keying(torch.float16, 6, 2, 1280, 80, 8)
                 weighing(elements.weigh_elements, torch.int8, 6, 2, 1280, 80, 128, 30.0)
                 on_hopper = hopper_elements.weigh_elements
                 weighing(on_hopper, torch.float8_e4m3fn, 32, 8, 131072, 128, 64)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from squeeze.kernels.prefill_index import hopper_elements
-from squeeze.kernels.prefill_index.api import round_queries, weigh_elements
+from squeeze.kernels.prefill_index.api import round_keys, round_queries, weigh_elements
 from squeeze.sparsify.index import to_dense_mask
 from squeeze.sparsify.prefill.sale import Sale
 from squeeze.types import Implementation
@@ -72,6 +72,39 @@ def test_round_queries(case):
     dtype = torch.float16 if case[-1] == 4 else torch.float32
     codes, scales, _ = check_rounding(case, dtype, "cpu", 3)
     assert torch.equal(*codes) and torch.equal(*scales)
+
+
+KEYED = [
+    # B, H, H_kv, T, D, bits
+    (2, 4, 1, 130, 20, 4),
+    (1, 2, 2, 63, 80, 3),
+    (2, 6, 2, 192, 64, 8),
+    (1, 7, 1, 1, 128, 2),
+]
+
+
+def check_keys(case, dtype, device, seed, shifted=True):
+    """Against PyTorch and, what the mean adds, float64; keys inside a tensor of NaN."""
+    B, H, H_kv, T, D, bits = case
+    query, keys, _ = inputs((B, H, H_kv, T, T, D), dtype, device, None, seed)
+    keys.sub_(0.5)[:, :, T // 3] = 0.0  # as padding has it
+    mean = query.mean(2, keepdim=True, dtype=torch.float32) + 1.5
+    key_mean = keys.mean(2, keepdim=True, dtype=torch.float32) * shifted
+    call = (keys, key_mean, mean, D**-0.5, bits)
+    got, reference = (round_keys(*call, implementation=i) for i in (TRITON, REFERENCE))
+    exact = (keys.double() - key_mean.double()).repeat_interleave(H // H_kv, 1)
+    oracle = (exact @ mean.double().mT * D**-0.5).squeeze(-1)
+    assert [x.shape for x in got] == [(B, H_kv, T, D), (B, H_kv, T), (B, H, T)]
+    check(got[2], reference[2], oracle)
+    return [(mine.float(), torchs.float()) for mine, torchs in zip(got, reference, strict=True)]
+
+
+@pytest.mark.parametrize("case", KEYED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_round_keys(case, dtype, shifted):
+    codes, scales, _ = check_keys(case, dtype, "cpu", 3, shifted)
+    assert torch.equal(*codes) and torch.equal(*scales) and codes[0].any() == (case[3] > 1)
 
 
 WEIGHED = [
@@ -186,6 +219,8 @@ def test_calls_that_do_not_fit(rows, implementation, message):
     with pytest.raises(ValueError, match=message):
         weigh_elements(*call[:-1], rows, implementation=implementation)
     call = rounding(ROUNDED[0], torch.float32, "cpu", 3)
+    with pytest.raises(ValueError, match="with means"):
+        round_keys(call[1], call[3][:, :, 0], call[2], 1.0, 4, implementation=implementation)
     with pytest.raises(ValueError, match="with keys"):
         round_queries(call[0][:, :, 1:], *call[1:])
 
@@ -205,9 +240,23 @@ LARGE = [
 def test_round_queries_on_a_gpu(case, dtype):
     codes, scales, _ = check_rounding(case, dtype, "cuda", 5)
     # PyTorch multiplies by reciprocals there: an integer changes where one lies halfway.
+    check_halves(codes, scales)
+
+
+def check_halves(codes, scales):
     different = codes[0] != codes[1]
     assert (codes[0] - codes[1]).abs().max() <= 1 and different.float().mean() < 1e-4
     torch.testing.assert_close(*scales, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case", [(1, 32, 8, 4096, 128, 4), (2, 3, 1, 1000, 80, 4), (1, 4, 4, 640, 64, 8)]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_round_keys_on_a_gpu(case, dtype):
+    codes, scales, _ = check_keys(case, dtype, "cuda", 5)
+    check_halves(codes, scales)
 
 
 WIDE = [

@@ -12,6 +12,7 @@ import torch
 
 from squeeze.errors import DeviceError, UnsupportedError
 from squeeze.kernels.prefill_index.api import (
+    add_masses,
     choose_lines,
     list_lines,
     route_chunks,
@@ -26,6 +27,7 @@ from squeeze.sparsify.prefill.block_topk import BlockTopk
 from squeeze.sparsify.prefill.flexprefill import Flexprefill
 from squeeze.sparsify.prefill.moba import Moba
 from squeeze.sparsify.prefill.pyramid import Pyramid
+from squeeze.sparsify.prefill.sale import Sale
 from squeeze.sparsify.prefill.sparge import Sparge
 from squeeze.sparsify.prefill.vertical_slash import VerticalSlash
 from squeeze.types import Implementation
@@ -292,7 +294,7 @@ def test_a_choice_of_more_masses_than_a_program_holds(monkeypatch):
 
 ROUTES = [
     # shape of queries and keys, chunk, size, chunks of each query, first query
-    ((2, 4, 2, 2048, 1280, 40), 128, 64, 4, 768),
+    ((2, 2, 1, 2048, 256, 40), 128, 64, 4, 1792),
     ((1, 3, 1, 3000, 256, 20), 128, 128, (0.0, 7.5, 30.0), 2688),
     ((1, 2, 2, 640, 640, 16), 256, 64, 9, 0),
     ((1, 1, 1, 76800, 128, 16), 128, 64, 5, 76672),
@@ -346,6 +348,34 @@ def test_queries_are_routed_to_no_more_than_their_number_of_equal_chunks(impleme
     call = (query, means, real, 3, 3, 64, 64, 8 * 64)
     votes = route_chunks(*call, implementation=implementation)[0, 0, 0]
     assert votes[5] == 1.0 and votes[8] == 0.0 and votes.sum() == 3.0
+
+
+def check_masses(shape, device, seed):
+    """Weights within bins, beside zeros, ones and what is too small to count."""
+    generator = torch.Generator().manual_seed(seed)
+    bins = torch.randint(0, 600, shape, generator=generator)
+    inside = 0.05 + 0.9 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    weights = torch.exp2(-(bins + inside) / 32).float()
+    weights.view(-1)[::5], weights.view(-1)[1::7], weights.view(-1)[2::11] = 0.0, 1.0, 2.0**-45
+    weights = weights.to(device).transpose(1, 2)  # not contiguous
+    held = [torch.ones(*weights.shape[:2], 512, dtype=torch.int64, device=device) for _ in range(2)]
+    for found, implementation in zip(held, (TRITON, REFERENCE), strict=True):
+        add_masses(weights, 32, 2.0**40, found, implementation=implementation)
+    assert torch.equal(*held) and (held[0][..., -1] > 1).all()
+    expected = 512 + (weights.double() * 2.0**40).long().sum((2, 3))
+    assert torch.equal(held[0].sum(-1), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 1001), (1, 70, 2, 64)])
+def test_add_masses(shape):
+    check_masses(shape, "cpu", 8)
+    weights = torch.ones(shape)
+    for held, implementation in (
+        (torch.zeros(*shape[:2], 8), TRITON),
+        (torch.zeros(*shape[:2], 8, dtype=torch.int64), Implementation.AUTO),
+    ):
+        with pytest.raises(ValueError, match="prefill_index"):
+            add_masses(weights, 32, 1.0, held, implementation=implementation)
 
 
 LINES = [
@@ -408,13 +438,13 @@ def test_policies_list_what_pytorch_lists(policy):
 
 
 def test_a_policy_routes_as_pytorch_routes():
-    query, keys, starts = inputs((2, 4, 2, 2000, 1600, 16), torch.float32, "cpu", (0, 90), 6)
-    for policy in (Moba(3, max_density=0.3), Moba(heads=(1, 2.5, 5, 40), chunk_size=256)):
+    query, keys, starts = inputs((2, 2, 1, 900, 160, 16), torch.float32, "cpu", (0, 90), 6)
+    for policy in (Moba(3, max_density=0.3), Moba(heads=(2.5, 40), chunk_size=256)):
         got, expected = (
             policy.index(query, keys, starts, 0.25, None, implementation)
             for implementation in (TRITON, REFERENCE)
         )
-        assert torch.equal(to_dense_mask(got, 2000), to_dense_mask(expected, 2000))
+        assert torch.equal(to_dense_mask(got, 900), to_dense_mask(expected, 900))
 
 
 def test_chunks_beyond_the_registers():
@@ -613,7 +643,7 @@ def test_list_lines_on_a_gpu(case):
 def test_nothing_waits_for_the_device():
     query, keys, _ = inputs((1, 8, 2, 4096, 4096, 64), torch.bfloat16, "cuda", None, 15)
     policies = (VerticalSlash(), Antidiagonal(), BlockTopk(), Sparge(), Flexprefill(), Pyramid())
-    for policy in (*policies, Moba()):
+    for policy in (*policies, Moba(), Sale()):
         policy.index(query, keys, None, 0.125, None, TRITON)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

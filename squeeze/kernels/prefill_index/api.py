@@ -20,7 +20,7 @@ from squeeze.types import Implementation
 OP = "prefill_index"
 # A row of weights is held in registers.
 MOST_BLOCKS = 32768
-# The gates of 32 queries are held in registers.
+# The gates of a query are held in registers of one warp.
 MOST_CHUNKS = 1024
 # A share counts as reached a little earlier: what float32 rounds, or divides inexactly, does not
 # decide where a row's weights add up to just that share.
@@ -123,6 +123,45 @@ def weigh_cells(
 
 
 @torch.no_grad()
+def round_keys(
+    keys: Tensor,
+    key_mean: Tensor,
+    mean: Tensor,
+    scaling: float,
+    bits: int,
+    *,
+    implementation: Implementation = Implementation.REFERENCE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round keys less their mean to few bits, and sum what the queries' mean adds to their scores.
+
+    Args:
+        keys: ``[B, H_kv, T, D]``.
+        key_mean: Taken off the keys, float32 ``[B, H_kv, 1, D]``.
+        mean: Of the queries, float32 ``[B, H, 1, D]``.
+        scaling: Multiplies the dot products.
+        bits: Of the integers, 2 to 8.
+        implementation: ``auto`` belongs to the plan and is refused here.
+    Returns:
+        Integers shaped as ``keys``, int8 or, where that multiplies faster, float8_e4m3fn; the scale
+        of each, float32 ``[B, H_kv, T]``; and scaling * mean . (key - key_mean), ``[B, H, T]``.
+    Raises:
+        ValueError: shapes that do not fit, or ``auto``.
+        DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
+    Cost: ``triton``: one pass over the keys.
+    """
+    B, H_kv, _, D = keys.shape
+    H = mean.shape[1]
+    if key_mean.shape != (B, H_kv, 1, D) or mean.shape != (B, H, 1, D) or H % H_kv:
+        raise ValueError(f"{OP}: keys {tuple(keys.shape)} with means {tuple(mean.shape)}")
+    call = (keys, key_mean, mean, scaling, bits)
+    if _by_triton(keys, implementation):
+        from squeeze.kernels.prefill_index import key_elements
+
+        return key_elements.round_keys(*call)
+    return reference_elements.round_keys(*call)
+
+
+@torch.no_grad()
 def round_queries(
     query: Tensor,
     keys: Tensor,
@@ -199,9 +238,7 @@ def weigh_elements(
 
     Args:
         codes, scales, totals: What ``round_queries`` returned.
-        key_codes: Integers of at most 8 bits, int8 ``[B, H_kv, N * size, D]``.
-        key_scales: float32 ``[B, H_kv, N * size]``.
-        added: float32 ``[B, H, N * size]``.
+        key_codes, key_scales, added: What ``round_keys`` returned of N * size tokens.
         size, first, stride, softcap, implementation: As for ``round_queries``.
         rows: Query blocks, by position.
     Returns:
@@ -368,8 +405,8 @@ def route_chunks(
         ValueError: shapes that do not fit, or ``auto``.
         DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
         UnsupportedError: ``triton`` with more than 1024 chunks.
-    Cost: ``triton``: three products of queries and means in the queries' precision, nothing kept
-        but the shares; ``reference``: 4 bytes per query and chunk.
+    Cost: ``triton``: three products of queries and means in the queries' precision, 256 MiB of
+        gates at a time; ``reference``: 4 bytes per query and chunk.
     """
     if query.shape[2] != real.shape[-1] or query.shape[2] % size or chunk_size % size:
         raise ValueError(f"{OP}: queries {tuple(query.shape)} in blocks of {size} of {chunk_size}")
@@ -381,6 +418,41 @@ def route_chunks(
 
         return routing.route_chunks(*call)
     return reference_estimates.route_chunks(*call)
+
+
+@torch.no_grad()
+def add_masses(
+    weights: Tensor,
+    octave: int,
+    unit: float,
+    held: Tensor,
+    *,
+    implementation: Implementation = Implementation.REFERENCE,
+) -> None:
+    """Add each head's weights to bins by their size; the first begins at 1 and goes downwards.
+
+    held[floor(-octave * log2(w))] += floor(unit * w), the bin clamped to those there are. A weight
+    at the edge of two bins belongs to either.
+
+    Args:
+        weights: float32 ``[B, H, R, C]``, 0 to 1.
+        octave: Bins by which a weight halves.
+        unit: Integer that stands for the weight 1.
+        held: int64 ``[B, H, bins]``, added to in place.
+        implementation: ``auto`` belongs to the plan and is refused here.
+    Raises:
+        ValueError: shapes that do not fit, or ``auto``.
+        DeviceError: ``triton`` without Triton, or with tensors it cannot run on.
+    Cost: ``triton``: reads the weights once; ``reference``: 20 bytes per weight.
+    """
+    if weights.shape[:2] != held.shape[:2] or held.dtype != torch.int64:
+        raise ValueError(f"{OP}: weights {tuple(weights.shape)} in bins {tuple(held.shape)}")
+    call = (weights, octave, unit, held)
+    if _by_triton(weights, implementation):
+        from squeeze.kernels.prefill_index import masses
+
+        return masses.add_masses(*call)
+    return reference.add_masses(*call)
 
 
 @torch.no_grad()

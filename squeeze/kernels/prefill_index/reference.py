@@ -142,6 +142,14 @@ def select_levels(
     append(torch.cat(keep, -1), torch.cat(runs), first, *averaged)
 
 
+def add_masses(weights: Tensor, octave: int, unit: float, held: Tensor) -> None:
+    """Add weights to bins by their size; as ``api.add_masses`` has it."""
+    weights = weights.flatten(-2)
+    amounts = (weights * unit).long()
+    bins = weights.log2().mul_(-octave).clamp_(0, held.shape[-1] - 1)
+    held.scatter_add_(-1, bins.long(), amounts)
+
+
 def choose_lines(
     columns: Tensor,
     diagonals: Tensor,

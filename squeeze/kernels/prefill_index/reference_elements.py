@@ -20,6 +20,16 @@ def rounded(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes.round().to(torch.int8), scale
 
 
+def round_keys(
+    keys: Tensor, key_mean: Tensor, mean: Tensor, scaling: float, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round keys and multiply them by the queries' mean; as ``api.round_keys`` has it."""
+    k = keys.float() - key_mean
+    grouped = mean.reshape(*k.shape[:2], -1, k.shape[-1]) * scaling
+    codes, scales = rounded(k, bits)
+    return codes, scales, (grouped @ k.mT).flatten(1, 2)
+
+
 def round_queries(
     query: Tensor,
     keys: Tensor,

@@ -46,7 +46,9 @@ def _select(
     """Find one query block's threshold by bisection, how many equals it takes, and its count.
 
     The heaviest blocks are those of keys >= t for the largest t at which they weigh ``mass`` of the
-    row or are as many as the limit. 31 halvings of the bits find it without sorting.
+    row or are as many as the limit. At most 31 halvings of the bits find it without sorting: they
+    end where no key, or one, lies between the ends, or where the limit is met exactly. There are
+    none where what reaches ``floor`` is within the limit: then all of it is taken.
     """
     r = rows - 1 - tl.program_id(0)
     program = tl.program_id(1)
@@ -67,25 +69,39 @@ def _select(
         bounded = forced >= 0
     low = forced * 0
     high = low + 0x41000000  # 8.0, above every key
-    for _ in range(31):
+    most = tl.sum((keys >= low).to(tl.int32), 0)
+    least = low  # of the keys reach ``high``, and ``most`` reach ``low``
+    bound = tl.load(floor + program) if FLOOR else -1.0
+    if FLOOR:  # what is heavy enough may be few
+        heavy = (keys >= low) & ((weight >= bound) | wanted)
+        fits = (tl.sum(heavy.to(tl.int32), 0) <= limit) & (bounded != 0)
+        most = tl.where(fits, 0, most)
+    step = low
+    while (high - low > 1) & (most - least > 1) & ((most > limit) | (bounded == 0)):
         middle = low + (high - low) // 2
         above = keys >= middle
-        enough = tl.sum(above.to(tl.int32), 0) >= limit
+        count = tl.sum(above.to(tl.int32), 0)
+        enough = count >= limit
         if MASS:
             held = tl.sum(tl.where(above, weight, 0.0), 0)
             enough = enough | ((held >= target) & (bounded == 0))
         low = tl.where(enough, middle, low)
+        most = tl.where(enough, count, most)
         high = tl.where(enough, high, middle)
+        least = tl.where(enough, least, count)
+        step += 1
+        if step % 6 == 0:  # the ends move up to keys: of many equals no halving would be left
+            low = tl.min(tl.where(keys >= low, keys, high), 0)
+            high = tl.max(tl.where(keys < high, keys, low), 0) + 1
     equal = keys == low
     number = tl.maximum(tl.sum(equal.to(tl.int32), 0), 1)
-    ties = tl.minimum(number, limit - tl.sum((keys > low).to(tl.int32), 0))
+    ties = tl.maximum(tl.minimum(number, limit - tl.sum((keys > low).to(tl.int32), 0)), 0)
     if MASS:
         each = tl.sum(tl.where(equal, weight, 0.0), 0) / number
         missing = target - tl.sum(tl.where(keys > low, weight, 0.0), 0)
         needed = tl.ceil(missing / tl.where(each > 0.0, each, 1.0))
         needed = tl.maximum(tl.minimum(needed, number.to(tl.float32)), 1.0).to(tl.int32)
         ties = tl.where((bounded == 0) & (each > 0.0), tl.minimum(ties, needed), ties)
-    bound = tl.load(floor + program) if FLOOR else -1.0
     kept = _kept(weight, wanted, keys, low, ties, bound, forced < limit)
     real = block * size < tl.load(lengths + b)
     place = program.to(tl.int64) * blocks + block

@@ -101,7 +101,7 @@ class Flexprefill:
         mass = mass.squeeze(-1) if isinstance(mass, Tensor) else mass  # [H, 1]
         weigh = pooled_weights(query, keys, span, scaling, softcap, means=k)
         # First, as it keeps the device busy while the many short steps that follow are launched.
-        floor = mass_floor(weigh, span, H, mass)
+        floor = mass_floor(weigh, span, H, mass, implementation)
         rows = range(T - min(T_q, size), T)
         columns, diagonals = sampled_mass(
             query, keys, starts, scaling, softcap, [rows], size, implementation=implementation

@@ -38,7 +38,8 @@ class Moba:
         dense_queries: Last tokens of the prompt whose queries read everything.
         heads: The chunks per query of each query head in place of ``top_k``; calibration fills it
             in where the recipe has ``attention.mean_density``.
-    Cost: T^2 / (2 chunk_size) products of head size per head; segments of 256 MiB while routing.
+    Cost: T^2 / (2 chunk_size) products of head size per head; segments of 256 MiB while routing,
+        and by the kernel as much again for gates.
     Source: Lu et al. 2025, https://arxiv.org/abs/2502.13189, section 2.2, equations 5 to 8;
         small chunks: FlashMoBA, https://arxiv.org/abs/2511.11571.
     Differs: the model was not trained with it. The union over a block of queries is read by all of
@@ -133,6 +134,6 @@ class Moba:
     ) -> int:
         """Return the scratch memory of a pair of blocks: its gates, the share and the selection."""
         if routing is Implementation.TRITON:
-            return pooled_bytes(routing)
+            return pooled_bytes(routing)  # the kernel's gates do not grow with the rows
         gate = 5 if most <= FEW else 24  # a number and its mask; what ``topk`` sorts, too
         return pooled_bytes(implementation) + gate * self.block_size**2 // self.chunk_size

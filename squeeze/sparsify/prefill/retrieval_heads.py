@@ -79,8 +79,7 @@ class RetrievalHeads:
         """
         (B, H), T, size, device = query.shape[:2], keys.shape[2], self.block_size, query.device
         N, sinks = -(-T // size), max(1, -(-self.sink_tokens // size))
-        kinds = per_head(self.retrieval, self.heads, query)
-        retrieves = torch.as_tensor(kinds, device=device) >= 0.5  # [] or [H, 1, 1]
+        retrieves = per_head(self.retrieval, self.heads, query) >= 0.5  # one, or [H, 1, 1]
 
         def parts() -> Iterator[tuple[Tensor, Tensor]]:
             for rows in segments(N, H * N * PAIR_BYTES):

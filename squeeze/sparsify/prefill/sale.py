@@ -9,7 +9,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from squeeze.kernels.prefill_index.api import round_queries, rounded, weigh_elements
+from squeeze.kernels.prefill_index.api import round_keys, round_queries, weigh_elements
 from squeeze.registry import register
 from squeeze.sparsify.estimate import Span, aligned
 from squeeze.sparsify.selection import PAIR_BYTES, list_blocks, per_head
@@ -100,8 +100,9 @@ class Sale:
             own = torch.arange(rows.start, rows.stop, device=query.device)[:, None]
             return torch.arange(rows.stop, device=query.device) == own - 1
 
-        threshold = per_head(self.threshold, self.heads, query)
-        floor = torch.as_tensor(threshold, dtype=torch.float32, device=query.device)
+        floor = per_head(self.threshold, self.heads, query)
+        if not isinstance(floor, Tensor):  # filled in, not copied: that would wait for the device
+            floor = torch.full((1, 1, 1), floor, dtype=torch.float32, device=query.device)
         index = list_blocks(
             estimate.weigh,
             span.lengths,
@@ -147,18 +148,15 @@ class _Estimate:
         self.span, self.softcap, self.stride = span, softcap, stride
         self.implementation = implementation
         q, keys = span.queries(query)[:, :, ::stride], aligned(keys, span.starts, span.size)
-        begin, end = (-(-n // stride) for n in (span.begins, span.lengths))
-        mean = q.sum(2, keepdim=True, dtype=torch.float32)
-        mean = mean / (end - begin).clamp(min=1)[:, None, None, None]
-        k = keys.float()
-        key_mean = k.new_zeros(*k.shape[:2], 1, k.shape[-1])
         if softcap is None:
-            key_mean = k.sum(2, keepdim=True) / span.lengths[:, None, None, None]
-            k = k - key_mean
-        # What the queries' mean adds to each key's score.
-        grouped = mean.view(*k.shape[:2], -1, k.shape[-1]) * scaling
-        self.added = (grouped @ k.mT).flatten(1, 2)  # [B, H, N * size]
-        self.keys = rounded(k, bits)
+            key_mean = keys.sum(2, keepdim=True, dtype=torch.float32)
+            key_mean = key_mean / span.lengths[:, None, None, None]
+        else:
+            key_mean = keys.new_zeros(*keys.shape[:2], 1, keys.shape[-1], dtype=torch.float32)
+        mean = q.sum(2, keepdim=True, dtype=torch.float32)
+        begin, end = (-(-n // stride) for n in (span.begins, span.lengths))
+        mean = mean / (end - begin).clamp(min=1)[:, None, None, None]
+        self.keys = round_keys(keys, key_mean, mean, scaling, bits, implementation=implementation)
         codes, scales, totals = round_queries(
             q,
             keys,
@@ -192,5 +190,5 @@ class _Estimate:
         """Return r / (1 + r) of each block's largest relative score, ``[B, H, R, rows.stop]``."""
         size, first = self.span.size, self.span.first
         numbers = (size, first, self.stride, self.softcap, rows)
-        call = (*self.queries, *self.keys, self.added, *numbers)
+        call = (*self.queries, *self.keys, *numbers)
         return weigh_elements(*call, implementation=self.implementation).sigmoid_()
