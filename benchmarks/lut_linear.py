@@ -1,7 +1,8 @@
 """Clustered linear layers against dense ones in the library, by rows of the input.
 
-The calls of one measurement read different copies of the weight, together more than the GPU's own
-cache holds, and replay as one CUDA graph, so neither reuse nor launch overhead is in a figure.
+The calls of one measurement read different copies of the weight in turn, together some times what
+the GPU's own cache holds, and replay as one CUDA graph of many calls, so neither reuse nor the
+start of a graph is in a figure.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ FORMS = ((4, "int8"), (4, "float16"), (3, "int8"))  # width of an index, dtype o
 ROWS = (1, 4, 16, 64, 2048)
 INTEGER_ROWS, INTEGER_GROUP = 16, 128  # the library's int4 product is far behind above
 COPIES, REPLAYS = 8, 20
+CALLS = 32  # of a graph at least: starting one takes some microseconds
+CACHED = 150_000_000  # bytes of all copies at least, three times the cache of an H200
 # Width of an index, rows, shapes, and how many times as fast as cuBLAS.
 BARS = ((4, 1, SHAPES[1:], 2.7), (4, 16, SHAPES, 2.2), (4, 2048, SHAPES, 0.9), (3, 1, SHAPES, 3.3))
 
@@ -121,7 +124,9 @@ def _shape(
             "baseline": True, "speedup": library / taken,
         }  # fmt: skip
     for bits, entries in FORMS:
-        weights = [_weight(*shape, bits, entries, device) for _ in range(COPIES)]
+        weights = [_weight(*shape, bits, entries, device)]
+        copies = 1 if small else max(COPIES, -(-CACHED // weights[0].nbytes))
+        weights += [_weight(*shape, bits, entries, device) for _ in range(copies - 1)]
         ours = _median_us([_call(x, each, implementation) for each in weights], device, repeats)
         yield facts | {
             "bits": bits, "entries": entries,
@@ -181,9 +186,11 @@ def _median_us(calls: Sequence[Callable[[], Tensor]], device: torch.device, repe
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    rounds = -(-CALLS // len(calls))
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+        for _ in range(rounds):
+            for call in calls:
+                call()
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -191,5 +198,5 @@ def _median_us(calls: Sequence[Callable[[], Tensor]], device: torch.device, repe
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+        times.append(start.elapsed_time(end) * 1e3 / (rounds * len(calls)))
     return statistics.median(times)

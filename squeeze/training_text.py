@@ -19,7 +19,7 @@ from squeeze.recipe_values import Calibration
 
 PROMPT = 32  # tokens of the calibration text that a continuation starts from
 PIECE = 512  # tokens of a continuation, at most: a long sequence is put together of several
-MOST = 12 * 2**20  # tokens of continuations; training reads them again after that
+MOST = 4 * 2**20  # tokens of continuations; training reads them again after that
 ROOM = 2**30  # bytes of keys and values of continuations written side by side, on a CPU
 SHARE = 3  # on a GPU, the part of its free memory that they may take
 STATE = "own_text.safetensors"

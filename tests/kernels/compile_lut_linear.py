@@ -43,6 +43,7 @@ FEW = (
 WIDE = (
     (4, "int8", 16, (14336, 4096)),
     (4, "int8", 8, (4096, 4096)),
+    (4, "int8", 16, (4096, 14336)),
     (3, "int8", 16, (333, 1000)),
     (4, "float16", 16, (4096, 14336)),
     (2, "int8", 32, (14336, 4096)),
@@ -122,6 +123,7 @@ def instructions(code):
         "products": len(re.findall(r"IMMA\.16832\.S8\.S8", after)),
         "early_products": before.count("IMMA") + before.count("IGMMA"),
         "warpgroup_products": after.count("IGMMA"),
+        "cluster_barriers": code.count("UCGABAR"),
     }
 
 

@@ -14,6 +14,7 @@ from squeeze.kernels.prefill_index import (
     hopper,
     levels,
     lines,
+    masses,
     routing,
     sampled,
     selection,
@@ -105,6 +106,8 @@ def main():
                 route(torch.bfloat16, 32, 8, 32768, 128, 7)
                 route(torch.bfloat16, 32, 8, 131072, 128, empty(32))
                 route(torch.bfloat16, 32, 8, 131072, 128, 7, 128)
+                held = empty(1, 32, 1024, dtype=torch.int64)
+                masses.add_masses(empty(1, 32, 64, 2048, dtype=torch.float32), 32, 2.0**40, held)
                 choose(32, 131072, False, False)
                 choose(6, 1000, True, True)
                 chosen = empty(1, 32, 3000, dtype=torch.int64), empty(1, 32, 25, dtype=torch.int64)

@@ -73,6 +73,7 @@ OPERATIONS = {
     "sub.u32": lambda a, b: a - b,
     "shl.b32": lambda a, b: a << b,
     "shr.u32": lambda a, b: a >> b,
+    "bfe.u32": lambda a, start, length: a >> start & (1 << length) - 1,
     "prmt.b32": prmt,
     "lop3.b32": lop3,
     "dp4a.s32.s32": dp4a,
@@ -90,6 +91,7 @@ OPERATIONS = {
     "max.u16x2": lambda a, b: max(a & 65535, b & 65535) | max(a >> 16, b >> 16) << 16,
     "setp.ne.b32": lambda a, b: a != b,
     "selp.b32": lambda a, b, c: a if c else b,
+    "shfl.sync.idx.b32": lambda a, lane, clamp, lanes: a,
     "redux.sync.max.u32": lambda a, lanes: a,
     "redux.sync.add.s32": lambda a, lanes: a,
 }

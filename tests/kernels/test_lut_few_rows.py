@@ -49,16 +49,47 @@ def test_two_programs_of_a_common_layer_fit_a_multiprocessor(shape, rows):
         assert found.programs * found.slices <= 132
         assert 2 * (found.shared_bytes(bits, pieces) + 512 + 1024) <= 228 * 1024
         assert 2 * found.warps * 32 * found.registers <= 65536
-        assert found.warps == (16 if rows <= 4 and pieces == 1 else 8)
+        eight = bits == 4 or (bits == 3 and shape[0] > 4096)
+        assert found.warps == (16 if rows == 4 and pieces == 1 and not eight else 8)
 
 
-@pytest.mark.parametrize(("shape", "work"), [((4096, 4096), 1), ((14336, 4096), 4)])
+@pytest.mark.parametrize(("shape", "work"), [((4096, 4096), 2), ((14336, 4096), 7)])
 def test_the_busiest_warp_has_its_share_rounded_up(shape, work):
     found = division(1, shape, 1, 4)
     assert found.slices == 1
     assert found.own * found.across // found.warps * -(-found.steps // found.across) == work
     each = -(-shape[0] // 16 // 132) * (shape[1] // 512)  # steps of a program
     assert work == -(-each // found.warps)
+
+
+@pytest.mark.parametrize(("rows", "slices", "steps"), [(1, 1, 28), (2, 1, 28), (4, 2, 14)])
+def test_long_rows_of_four_bits_are_shared_by_four_of_eight_warps(rows, slices, steps):
+    found = division(rows, (4096, 14336), 1, 4)
+    assert (found.slices, found.steps, found.across, found.warps) == (slices, steps, 4, 8)
+    for bits in (2, 3):
+        assert division(4, (4096, 14336), 1, bits).warps == 16
+    assert division(2, (4096, 8192), 1, 4).across == 8
+
+
+@pytest.mark.parametrize(("pieces", "bits"), FORMS)
+def test_one_row_takes_eight_warps_that_share_a_tile(pieces, bits):
+    for shape, across, late in zip(LAYERS, (8, 8, 4), (True, False, False), strict=True):
+        found = division(1, shape, pieces, bits)
+        assert (found.slices, found.across, found.warps, found.late) == (1, across, 8, late)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_where_a_warp_has_few_steps_the_next_kernel_starts_late(rows):
+    for bits, warps in ((2, 16), (3, 16), (4, 8)):
+        found = division(rows, (4096, 4096), 1, bits)
+        assert (found.slices, found.across, found.warps, found.late) == (1, 8, warps, True)
+        assert not division(rows, (14336, 4096), 1, bits).late
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_few_rows_take_eight_warps_where_a_program_has_many_tiles(bits):
+    found = division(4, (14336, 4096), 1, bits)
+    assert (found.slices, found.across, found.warps, found.own) == (1, 8, 8, 7)
 
 
 def test_entries_are_chosen_where_products_are_many():

@@ -159,11 +159,14 @@ def few_case(rows, shape, bits, sharing="row", entries="int8", dtype=torch.bfloa
         (3, (333, 1000), 3, "tensor", "float16"),
         (4, (40, 2304), 4, "row", "float16"),
         (5, (72, 1280), 4, "rows", "int8"),
+        (8, (4096, 4096), 4, "row", "int8"),
         (9, (33, 4096), 3, "row", "int8"),
         (16, (48, 2048), 4, "row", "float16"),
         (16, (4096, 4096), 4, "row", "int8"),
         (13, (50, 7168), 2, "tensor", "int8"),
         (16, (4096, 14336), 3, "row", "int8"),
+        (16, (4096, 14336), 4, "row", "int8"),
+        (32, (200, 4096), 4, "row", "int8"),
         (17, (200, 4096), 4, "row", "int8"),
         (20, (333, 1000), 3, "row", "float16"),
         (33, (1024, 2304), 2, "rows", "int8"),
@@ -285,9 +288,12 @@ def test_kernels_compile_without_spills():
         if "packed" in facts:
             assert (facts["lookups"] > 0) == facts["packed"], facts
     wide = [facts for facts in every if facts["kernel"] == "multiply" and "wide" in facts]
-    assert len(wide) == 7
-    for facts in wide:
-        assert_multiplies_by_warpgroups(facts)
+    images = sum(facts["kernel"] == "make_image" and "wide" in facts for facts in every)
+    assert len(wide) == 8
+    shapes = [assert_multiplies_by_warpgroups(facts) for facts in wide]
+    assert images == len(wide)
+    assert {shape.cluster for shape in shapes} == {1, 2}
+    assert any(shape.held < shape.steps for shape in shapes)
     assert sum(facts["kernel"] == "decode_rows" for facts in every) == 4
     few = [facts for facts in every if facts["kernel"] == "multiply" and "wide" not in facts]
     assert {tuple(facts["case"][:3]) for facts in few} == {
@@ -301,7 +307,10 @@ def test_kernels_compile_without_spills():
 
 
 def assert_multiplies_by_warpgroups(facts):
-    """Weights are on their way before the wait for x, and nothing is repeated."""
+    """Weights are on their way before the wait for x, and nothing is repeated.
+
+    Returns the division.
+    """
     bits, entries, rows, (out_features, in_features) = facts["case"]
     pieces = 1 if entries == "int8" else 2
     shape = wide_rows.divide(rows, out_features, -(-in_features // 32), pieces, bits, 132)
@@ -309,7 +318,9 @@ def assert_multiplies_by_warpgroups(facts):
     assert facts["early"] == 2 * shape.depth, facts
     assert facts["early_products"] == 0, facts
     # A step of a warpgroup: 512 channels, 32 a product.
-    assert facts["warpgroup_products"] % (16 * shape.halves * pieces) == 0, facts
+    assert facts["warpgroup_products"] == 16 * shape.halves * pieces, facts
+    assert (facts["cluster_barriers"] > 0) == (shape.cluster > 1), facts
+    return shape
 
 
 def assert_streams(facts):

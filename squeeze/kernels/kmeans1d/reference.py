@@ -219,10 +219,14 @@ def _round(search: _Search, clusters: int) -> tuple[_Search, Tensor, Tensor]:
     line = search.low_gain - penalty * search.low_count
     tied = stuck & ~hit & (search.low_count > 0) & (search.high_count > 0)
     tied &= (last_gain - penalty * last <= line + EQUAL) | (search.trials > TRIALS)
-    done = hit | tied
+    # Where what one more edge gains is rounding, no penalty leads to as many.
+    short = stuck & ~hit & (search.high_count == 0) & (search.trials > TRIALS)
+    short &= search.low_count > 0
+    done = hit | tied | short
     bounds = torch.empty(len(last), clusters + 1, dtype=torch.int64, device=last.device)
     bounds[hit] = _path(search.previous[hit], clusters)
     bounds[tied] = _splice(search.keep(tied), clusters)
+    bounds[short] = _padded(search.keep(short), clusters)
     return _next_penalty(search, stuck, last, last_gain, clusters), done, bounds[done]
 
 
@@ -310,6 +314,17 @@ def _path(previous: Tensor, edges: int) -> Tensor:
         node = previous.gather(1, node.unsqueeze(1)).squeeze(1)
         nodes.append(node)
     return torch.stack(nodes[::-1], dim=1)
+
+
+def _padded(search: _Search, clusters: int) -> Tensor:
+    """Fill the longest optimum found up with empty runs."""
+    nodes = search.low_previous.shape[1]
+    bounds = torch.full((len(search.low_count), clusters + 1), nodes - 1)
+    for row, (low, count) in enumerate(
+        zip(search.low_previous, search.low_count.tolist(), strict=True)
+    ):
+        bounds[row, : count + 1] = _path(low[None], count)[0]
+    return bounds.to(search.low_previous.device)
 
 
 def _splice(search: _Search, clusters: int) -> Tensor:

@@ -20,6 +20,10 @@ ROWS = 16  # rows of x up to which this is the kernel to choose
 TILES = 1  # sixteens of weight rows of a tile
 SHARED_BYTES = 112 * 1024  # of a program, where two are to fit a multiprocessor
 PARTS_PER_STEP = 500_000  # partial outputs written and added up in the time of a step
+LONG = 16  # steps of a row; where it has more, eight warps take less time by fours
+# Tiles of a program up to which they are few, and the next kernel had better not start before x is
+# read where a warp has but a step of each.
+BRIEF = 2
 CAPABILITY = (9, 0)  # of GPUs; others keep to the other kernels
 
 
@@ -36,6 +40,7 @@ class Shape:
     warps: int
     each: int  # blocks of x that a warp has under way
     halves: int  # of the entries: 2 looks them up by addition, 1 by choice
+    late: bool  # whether the next kernel starts only when x has been read
 
     @property
     def column_tiles(self) -> int:
@@ -113,6 +118,7 @@ def lut_linear(x: Tensor, weight: ClusteredWeight, bias: Tensor | None) -> Tenso
         ALIGNED=x.data_ptr() % 4 == 0 and (count == 1 or x.stride(0) % 2 == 0),
         FULL=in_features == 32 * u, WHOLE=out_features % (16 * TILES) == 0,
         HALVES=shape.halves, SCALED=weight.scale is not None, BIASED=bias is not None,
+        LATE=shape.late,
         num_warps=shape.warps, maxnreg=shape.registers, launch_pdl=True,
     )  # fmt: skip
     if shape.slices > 1:
@@ -131,10 +137,10 @@ def add_up(parts: Tensor, y: Tensor) -> None:
 def divide(count: int, out_features: int, u: int, pieces: int, bits: int, processors: int) -> Shape:
     """The division with the least work for the busiest warp.
 
-    Up to 4 rows of x, sixteen warps of 64 registers, else eight of 128: two programs fit a
-    multiprocessor if their shared memory does, and the next kernel's weights come while this one
-    ends. A step of a warp takes about as long as one more kernel for adding up slices, and a third
-    of what a start takes that nothing hides.
+    Eight warps of 128 registers, or sixteen of 64 for 2 to 4 rows of x and bytes of 2 bits, or of 3
+    where a program has few tiles: two programs fit a multiprocessor if their shared memory does,
+    and the next kernel's weights come while this one ends. A step of a warp takes about as long as
+    one more kernel for adding up slices, and a third of what a start takes that nothing hides.
     """
     found: list[tuple[float, int, int, Shape]] = []
     while not found:
@@ -146,28 +152,42 @@ def divide(count: int, out_features: int, u: int, pieces: int, bits: int, proces
 def _divisions(
     count: int, out_features: int, u: int, pieces: int, bits: int, programs: int
 ) -> list[tuple[float, int, int, Shape]]:
-    """Divisions for so many programs that fit: cost in steps of a warp, slices, across, shape."""
+    """Divisions for so many programs that fit: cost in steps of a warp, slices, choice, shape."""
     x_rows = triton.next_power_of_2(count)
-    warps = 16 if x_rows <= 4 and pieces == 1 else 8
     tiles, all_steps = triton.cdiv(out_features, 16), triton.cdiv(u, STEP_WORDS)
+    warps, sharing = _warps(x_rows, all_steps, tiles > BRIEF * programs, pieces, bits)
     found = []
     for slices, steps in slicings(all_steps, programs):
         each_slice = min(tiles, programs // slices)
-        for across in (1, 2, 4, 8, 16)[: warps.bit_length()]:
+        for choice, across in enumerate(sharing):
             groups = warps // across
             rounds = triton.cdiv(triton.cdiv(tiles, each_slice), groups)
             shape = Shape(
                 x_rows, slices, steps, each_slice, rounds * groups, across, warps,
                 each=min(2 if warps == 16 else 4, triton.cdiv(steps * x_rows, warps)),
                 halves=2 if bits == 4 and x_rows <= 8 else 1,
+                late=steps <= across and rounds <= BRIEF,
             )  # fmt: skip
             used = shape.shared_bytes(bits, pieces)
             cost = rounds * triton.cdiv(steps, across) + 3.0 * (used > SHARED_BYTES)
             if slices > 1:
                 cost += 1 + slices * x_rows * out_features / PARTS_PER_STEP
             if used <= 2 * SHARED_BYTES:
-                found.append((cost, slices, across, shape))
+                found.append((cost, slices, choice, shape))
     return found
+
+
+def _warps(
+    x_rows: int, all_steps: int, many_tiles: bool, pieces: int, bits: int
+) -> tuple[int, tuple[int, ...]]:
+    """Warps of a program, and how many of them may share a tile, of equal ones the first."""
+    if x_rows == 1:
+        return 8, (8, 4, 2, 1)
+    if x_rows > 4 or pieces > 1:
+        return 8, (1, 2, 4, 8)
+    if bits == 4 or (bits == 3 and many_tiles):
+        return 8, (4,) if all_steps > LONG else (8, 4, 2, 1)
+    return 16, (1, 2, 4, 8, 16)
 
 
 def slicings(all_steps: int, programs: int) -> Iterator[tuple[int, int]]:

@@ -258,13 +258,14 @@ def multiply(
     ACROSS: gl.constexpr, TILES: gl.constexpr, COLUMN_TILES: gl.constexpr, EACH: gl.constexpr,
     WARPS: gl.constexpr, PIECES: gl.constexpr, SHARED: gl.constexpr, BITS: gl.constexpr,
     ALIGNED: gl.constexpr, FULL: gl.constexpr, SCALED: gl.constexpr, BIASED: gl.constexpr,
-    WHOLE: gl.constexpr, HALVES: gl.constexpr,
+    WHOLE: gl.constexpr, HALVES: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """y[slice, m, o] = scale[o] sum_i entry(o, i) x[m, i] over a slice, + bias[o] once.
 
     Programs ``(b, slice)``: tiles b, b + programs, ... (OWN of them, a multiple of the groups of
     warps), STEPS steps from ``STEPS slice``. X >= x_count rows of x have room. Products of bytes
     accumulate in int32 over a step and, brought to the scale of x, in float32 over the steps.
+    The next kernel starts at once or, if LATE, when x has been read.
     """
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     CHAINS: gl.constexpr = 2 if HALVES == 2 and TILES * COLUMN_TILES * PIECES == 1 else 1
@@ -282,7 +283,10 @@ def multiply(
     ALL: gl.constexpr = shared_bytes(
         WARPS, TILES, BITS, STEPS, X, OWN, PIECES, ACROSS, COLUMN_TILES
     )
-    gdc_launch_dependents()
+    # Whether a warp has but one step: then all that it reads is on its way from the start.
+    ONCE: gl.constexpr = OWN // GROUPS * TURNS == 1
+    if not LATE:
+        gdc_launch_dependents()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     # The only shared memory of the kernel, so it begins where the assembly takes it to begin.
     shared = gl.allocate_shared_memory(gl.int32, [(ALL + 255) // 256 + 1, 64], plain)
@@ -316,6 +320,8 @@ def multiply(
         x, base + PIECES_AT, base + FACTORS_AT, thread, first_step, x_count, x_stride, in_features,
         u, STEPS, X, WARPS, EACH, ALIGNED, FULL,
     )  # fmt: skip
+    if LATE:
+        gdc_launch_dependents()
     say(BARRIER, base)
     part_y = y + gl.program_id(1).to(gl.int64) * x_count * out_features
     columns = ()
@@ -355,11 +361,12 @@ def multiply(
                 sums = sums + (gl.zeros([32 * WARPS], gl.int32, layout=flat),)
             kept = ()
             for at in gl.static_range(0, PLANES):
-                say(wait(PLANES - 1), base)
+                say(wait(PLANES - 1 - (at if ONCE else 0)), base)
                 words = ()
                 for r in gl.static_range(0, 2 * TILES):
                     words = words + read4(slot + (plane_of(BITS, at) * 2 * TILES + r) * 512)
-                copy_plane(slot, sources, size, plane_of(BITS, at), TILES, BITS, u)
+                if not ONCE:
+                    copy_plane(slot, sources, size, plane_of(BITS, at), TILES, BITS, u)
                 if groups_of(BITS, at) == 0:
                     kept = words
                 for i in gl.static_range(0, groups_of(BITS, at)):

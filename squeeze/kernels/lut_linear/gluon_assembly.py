@@ -79,15 +79,16 @@ def _unpack(half):
 
 @gluon.constexpr_function
 def largest(half):
-    """Assembly: the largest magnitude of a warp's eight words each, as the bits of a float32."""
-    lines = [".reg .b32 w, a, b, m;", ".reg .b16 g, h;", "mov.b32 m, 0;"]
-    for i in range(8):
-        lines.append(f"mov.b32 w, ${1 + i};")
-        lines += _unpack(half)
-        for number in "ab":
-            lines.append(f"abs.f32 {number}, {number};")
-            lines.append(f"max.NaN.f32 m, m, {number};")
-    lines.append("redux.sync.max.u32 $0, m, 0xffffffff;")
+    """Assembly: the largest magnitude of a warp's eight words each, as the bits of a float32.
+
+    Magnitudes of 16 bits are in the order of their bits.
+    """
+    lines = [".reg .b32 m, w;", ".reg .b16 g;", "and.b32 m, $1, 0x7fff7fff;"]
+    for i in range(2, 9):
+        lines += [f"and.b32 w, ${i}, 0x7fff7fff;", "max.u16x2 m, m, w;"]
+    lines += ["and.b32 w, m, 0xffff;", "shr.u32 m, m, 16;", "max.u32 m, m, w;"]
+    lines.append("redux.sync.max.u32 m, m, 0xffffffff;")
+    lines += ["cvt.u16.u32 g, m;", "cvt.f32.f16 $0, g;"] if half else ["shl.b32 $0, m, 16;"]
     return "{\n" + "\n".join(lines) + "\n}"
 
 

@@ -13,11 +13,21 @@ from triton.experimental.gluon import language as gl
 
 from squeeze.kernels.lut_linear.gluon_assembly import table_words
 from squeeze.kernels.lut_linear.gluon_wide_layout import (
+    SENT,
     column_bytes,
     group_bytes,
     word_bytes,
 )
 
+# What a barrier is prepared for, a fence of its own publishes.
+ARRIVE = gl.constexpr("barrier.cluster.arrive.relaxed.aligned; mov.b32 $0, $1;")
+AWAIT = gl.constexpr("barrier.cluster.wait.acquire.aligned; mov.b32 $0, $1;")
+RANK = gl.constexpr("mov.b32 $0, %cluster_ctarank;")
+SEND = gl.constexpr(
+    "{ .reg .b32 a, b; mapa.shared::cluster.u32 a, $1, $4; mapa.shared::cluster.u32 b, $2, $4; "
+    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [a], $3, [b]; "
+    "mov.b32 $0, 0; }"
+)
 # The tensor cores read shared memory by another way than stores take.
 PUBLISH = gl.constexpr("fence.proxy.async.shared::cta; mov.b32 $0, $1;")
 
@@ -26,12 +36,77 @@ PUBLISH = gl.constexpr("fence.proxy.async.shared::cta; mov.b32 $0, $1;")
 def describe(columns):
     """Assembly: the low half of the descriptor of an operand at an address in shared memory.
 
-    The first lane's goes to all lanes: only so does the compiler know that they have the same.
+    Addresses in a program of a cluster have its rank above their 18 bits, where the descriptor has
+    the distance of halves. The first lane's goes to all lanes: only so does the compiler know that
+    they have the same.
     """
     between = column_bytes(columns) // 16 << 16
-    lines = ["shr.u32 a, $1, 4;", f"or.b32 a, a, {between};"]
+    lines = ["bfe.u32 a, $1, 4, 14;", f"or.b32 a, a, {between};"]
     lines.append("shfl.sync.idx.b32 $0, a, 0, 31, 0xffffffff;")
     return "{ .reg .b32 a; " + " ".join(lines) + " }"
+
+
+@gluon.constexpr_function
+def begin_barriers(steps, at, sent):
+    """Assembly: thread $2 = 0 prepares the barriers of the steps, at ``at`` behind $1.
+
+    And, if they are not 0, the one of so many bytes that a cluster sends.
+    """
+    lines = [".reg .pred p;", ".reg .b32 a;", "setp.eq.u32 p, $2, 0;"]
+    for i in range(steps):
+        lines += [f"add.u32 a, $1, {at + 8 * i};", "@p mbarrier.init.shared::cta.b64 [a], 1;"]
+    if sent:
+        lines += [f"add.u32 a, $1, {at + SENT};", "@p mbarrier.init.shared::cta.b64 [a], 1;"]
+    lines.append("@p fence.mbarrier_init.release.cluster;")
+    if sent:
+        lines.append(f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [a], {sent};")
+    return "{ " + " ".join(lines) + " mov.b32 $0, 0; }"
+
+
+@gluon.constexpr_function
+def bring(steps, size, at):
+    """Assembly: thread $3 = 0 has steps of ``size`` bytes copied from $2 to $1, with barriers.
+
+    The barriers lie ``at`` behind the beginning of shared memory.
+    """
+    lines = [".reg .pred p;", ".reg .b32 a, b;", ".reg .b64 s;", "setp.eq.u32 p, $3, 0;"]
+    lines += ["mov.b64 s, $2;", "mov.b32 a, $1;", "mov.b32 b, global_smem;", f"add.u32 b, b, {at};"]
+    for _ in range(steps):
+        lines += [
+            f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [b], {size};",
+            "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+            f"[a], [s], {size}, [b];",
+            f"add.u32 a, a, {size};",
+            f"add.s64 s, s, {size};",
+            "add.u32 b, b, 8;",
+        ]
+    return "{ " + " ".join(lines) + " mov.b32 $0, 0; }"
+
+
+@gluon.constexpr_function
+def arrived(at):
+    """Assembly: wait for the barrier ``at`` behind $1 and what came an even or odd ($2) time."""
+    lines = [".reg .pred p;", ".reg .b32 a;", f"add.u32 a, $1, {at};"]
+    lines += ["AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [a], $2;"]
+    lines += ["@p bra DONE;", "bra AGAIN;", "DONE: mov.b32 $0, $2;"]
+    return "{ " + " ".join(lines) + " }"
+
+
+@gluon.constexpr_function
+def refill(size):
+    """Assembly: when a warpgroup no longer reads a step, have another of ``size`` bytes copied.
+
+    From $2 to $1, by the thread for which $4 is not 0; $3 is the step's barrier, and $5 one of all
+    threads of the warpgroup.
+    """
+    lines = [".reg .pred p;", "bar.sync $5, 128;", "setp.ne.b32 p, $4, 0;"]
+    lines += [
+        "@p fence.proxy.async.shared::cta;",
+        f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], {size};",
+        "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+        f"[$1], [$2], {size}, [$3];",
+    ]
+    return "{ " + " ".join(lines) + " mov.b32 $0, 0; }"
 
 
 @gluon.constexpr_function

@@ -1,6 +1,6 @@
-"""x as bytes in the shared memory of ``gluon_wide``; numbers and scales as in ``gluon_inputs``.
+"""The image of x as bytes for ``gluon_wide``; numbers and scales as in ``gluon_inputs``.
 
-A warp takes 512 channels of two rows of x at once: a lane reads four neighbouring channels of each
+A warp takes 512 channels of two rows of x: a lane reads four neighbouring channels of each
 of the eight that belong to one word, so that what it makes of them are whole words of an operand.
 """
 
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from squeeze.kernels.lut_linear.gluon_inputs import SMALLEST, part, write1
-from squeeze.kernels.lut_linear.gluon_wide_layout import group_bytes, piece_at
+from squeeze.kernels.lut_linear.gluon_inputs import SMALLEST
+from squeeze.kernels.lut_linear.gluon_wide_layout import group_bytes, piece_at, step_bytes
 
 
 @gluon.constexpr_function
@@ -53,12 +54,12 @@ def _body(lines):
 
 
 @gluon.constexpr_function
-def split(half):
+def split(half, summed):
     """Assembly: sixteen words of x times $34 to sixteen words of bytes and the sum, $16.
 
     Words 2 n and 2 n + 1 hold four channels of value n. Results by channel, half of the values,
-    high or low byte. $33 is the lane's half of its warp. 12583040 is 1.5 2^23 + 128: the low half
-    of a sum's bits is the whole number plus 128.
+    high or low byte; the sum is 0 unless ``summed``. $33 is the lane's half of its
+    warp. 12583040 is 1.5 2^23 + 128: the low half of a sum's bits is the whole number plus 128.
     """
     lines = [".reg .b32 f, v0, v1, v2, v3, s, z, m, a, b;", ".reg .b16 g, h;", ".reg .pred p;"]
     lines += ["mov.b32 s, 0;", "mov.b32 z, 0;"]
@@ -80,9 +81,10 @@ def split(half):
                 f"prmt.b32 ${high}, a, b, 0x7632;",
                 "prmt.b32 f, a, b, 0x5410;",
                 f"xor.b32 ${high + 1}, f, 0x80808080;",
-                f"dp4a.s32.s32 s, ${high}, 0x01010101, s;",
-                f"dp4a.s32.s32 z, ${high + 1}, 0x01010101, z;",
             ]
+            if summed:
+                lines.append(f"dp4a.s32.s32 s, ${high}, 0x01010101, s;")
+                lines.append(f"dp4a.s32.s32 z, ${high + 1}, 0x01010101, z;")
     lines += ["mad.lo.s32 m, s, 256, z;"]
     lines += [line.replace("$17", "$33") for line in _of_halves("add.s32")]
     return _body([*lines, "mov.b32 $16, m;"])
@@ -96,13 +98,13 @@ def operands(results, inputs):
 
 @gluon.jit
 def _read_x(
-    x, which, lane, first_step, x_count, x_stride, in_features, u: gl.constexpr,
-    STEPS: gl.constexpr, X: gl.constexpr, ALIGNED: gl.constexpr, FULL: gl.constexpr,
+    x, which, lane, x_count, x_stride, in_features, u: gl.constexpr, STEPS: gl.constexpr,
+    X: gl.constexpr, ALIGNED: gl.constexpr, FULL: gl.constexpr,
 ):  # fmt: skip
     """Sixteen words of x, four channels of each of eight values; zeros outside."""
     pair = which % (X // 2)
     m = pair // 2 * 4 + pair % 2 + lane // 16 * 2
-    j = 16 * (first_step + which // (X // 2)) + 4 * (lane % 4)
+    j = 16 * (which // (X // 2)) + 4 * (lane % 4)
     channel = lane // 4 % 4 * u + j
     inside = (j < u) & (m < x_count) & (which < STEPS * (X // 2))
     start = m.to(gl.int64) * x_stride + channel
@@ -126,47 +128,53 @@ def _read_x(
 
 
 @gluon.jit
-def split_x(
-    x, base, factors, thread, first_step, x_count, x_stride, in_features, u: gl.constexpr,
-    STEPS: gl.constexpr, X: gl.constexpr, WARPS: gl.constexpr, EACH: gl.constexpr,
-    ALIGNED: gl.constexpr, FULL: gl.constexpr,
+def _turn(words, side, HALF: gl.constexpr, HALVES: gl.constexpr):
+    """Sixteen words of bytes, the scale, and the scale times the sum of integers."""
+    peak = gl.inline_asm_elementwise(
+        largest(HALF), operands(1, 17), words + (side,), dtype=gl.float32, is_pure=False, pack=1
+    )
+    some = peak > SMALLEST
+    inverse = gl.where(some, 32512.0 / gl.where(some, peak, 1.0), 0.0)
+    # A number that is not finite makes the scale, and every output, not a number.
+    scale = peak * (1.0 / 32512.0) + peak * 0.0
+    out = gl.inline_asm_elementwise(
+        split(HALF, HALVES == 2), operands(17, 18), words + (side, inverse),
+        dtype=(gl.int32,) * 17, is_pure=False, pack=1,
+    )  # fmt: skip
+    return out, scale.to(gl.int32, bitcast=True), scale * out[16].to(gl.float32)
+
+
+@gluon.jit
+def _row(which, side, X: gl.constexpr):
+    """The row of x of a lane: a warp's are two apart."""
+    pair = which % (X // 2)
+    return pair // 2 * 4 + pair % 2 + side * 2
+
+
+@gluon.jit
+def make_image(
+    x, image, x_count, x_stride, in_features, u: gl.constexpr, STEPS: gl.constexpr,
+    X: gl.constexpr, HALVES: gl.constexpr, ALIGNED: gl.constexpr, FULL: gl.constexpr,
 ):  # fmt: skip
-    """Write the slice's x as bytes and factors to shared memory, X a multiple of four."""
+    """Write x as bytes and factors by steps, X rows, a multiple of four; X / 2 programs a step.
+
+    Sums are made where HALVES, the ways of looking up an entry, are 2: by addition.
+    """
+    gdc_launch_dependents()
+    gdc_wait()
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     HALF: gl.constexpr = x.dtype.element_ty == gl.float16
-    COUNT: gl.constexpr = STEPS * (X // 2)
-    lane = thread % 32
+    STEP: gl.constexpr = step_bytes(2 * X) // 4
+    lane = gl.arange(0, 32, layout=flat)
     side = lane // 16
-    for turn in range(0, (COUNT + WARPS * EACH - 1) // (WARPS * EACH)):
-        loaded = ()
-        for k in gl.static_range(0, EACH):
-            which = (turn * EACH + k) * WARPS + thread // 32
-            loaded = loaded + _read_x(
-                x, which, lane, first_step, x_count, x_stride, in_features, u, STEPS, X, ALIGNED,
-                FULL,
-            )  # fmt: skip
-        for k in gl.static_range(0, EACH):
-            which = (turn * EACH + k) * WARPS + thread // 32
-            words = part(loaded, 16 * k, 16)
-            peak = gl.inline_asm_elementwise(
-                largest(HALF), operands(1, 17), words + (side,),
-                dtype=gl.float32, is_pure=False, pack=1,
-            )  # fmt: skip
-            some = peak > SMALLEST
-            inverse = gl.where(some, 32512.0 / gl.where(some, peak, 1.0), 0.0)
-            # A number that is not finite makes the scale, and every output, not a number.
-            scale = peak * (1.0 / 32512.0) + peak * 0.0
-            out = gl.inline_asm_elementwise(
-                split(HALF), operands(17, 18), words + (side, inverse),
-                dtype=(gl.int32,) * 17, is_pure=False, pack=1,
-            )  # fmt: skip
-            keep = (which < COUNT).to(gl.int32)
-            pair = which % (X // 2)
-            m = pair // 2 * 4 + pair % 2 + side * 2
-            step = which // (X // 2)
-            place = base + (step * 4 + lane // 4 % 4) * group_bytes(2 * X) + lane % 4 * 4 + m * 32
-            for i in gl.static_range(0, 16):
-                write1(place + piece_at(i, 2 * X), out[i], keep)
-            at = factors + (step * X + m) * 8
-            total = scale * out[16].to(gl.float32)
-            write1(at, scale.to(gl.int32, bitcast=True), keep)
-            write1(at + 4, total.to(gl.int32, bitcast=True), keep)
+    which = gl.program_id(0) + lane * 0
+    words = _read_x(x, which, lane, x_count, x_stride, in_features, u, STEPS, X, ALIGNED, FULL)
+    out, scale, total = _turn(words, side, HALF, HALVES)
+    m = _row(which, side, X)
+    step = which // (X // 2)
+    place = step * STEP + lane // 4 % 4 * (group_bytes(2 * X) // 4) + lane % 4 + m * 8
+    for i in gl.static_range(0, 16):
+        gl.store(image + place + piece_at(i, 2 * X) // 4, out[i])
+    at = step * STEP + group_bytes(2 * X) + m * 2
+    gl.store(image + at, scale)
+    gl.store(image + at + 1, total.to(gl.int32, bitcast=True))

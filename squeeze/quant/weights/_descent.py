@@ -1,8 +1,8 @@
-"""Least squares in codebook entries and descent over indices, for errors measured by a Hessian.
+"""Least squares in codebook entries, for errors measured by a Hessian.
 
 Shapes: R rows, n columns, K entries. Rows stand in S equal groups in order, each of which has a
-Hessian ``[n, n]``; S = 1 where one serves all. A table ``[R, B, K]`` holds what each index of a row
-stands for in each of its B runs of ``columns`` columns. Everything is float32, indices int64.
+Hessian ``[n, n]``; S = 1 where one serves all. Everything is float32, indices int64. The other half
+of the work, descent over indices, is ``kernels.index_descent``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-BLOCK = 64  # columns visited between two updates of the whole gradient
 WORKING = 2**24  # float32 values in flight while codebooks are fitted
 
 
@@ -37,66 +36,6 @@ def times(x: Tensor, hessian: Tensor) -> Tensor:
 def loss(error: Tensor, hessian: Tensor) -> Tensor:
     """``e^T H e`` of every row, ``[R]``."""
     return (times(error, hessian) * error).sum(1)
-
-
-def look_up(table: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """Read ``[R, n]`` out of a table."""
-    run = torch.arange(indices.shape[1], device=indices.device) // columns
-    return table.flatten(1).gather(1, indices + run * table.shape[2])
-
-
-def descend(
-    weight: Tensor, hessian: Tensor, table: Tensor, indices: Tensor, columns: int, cycles: int
-) -> Tensor:
-    """Give each weight in turn the entry that lowers the loss most, all others held.
-
-    With the others held, the loss of a row is a parabola in one weight, whose best entry is the one
-    nearest to its vertex: no step raises the loss. Rows do not interact and move together.
-    Within a block only the block's gradient is kept up to date; the rest follows by one product.
-
-    Args:
-        weight: ``[R, n]``.
-        hessian: ``[S, n, n]``, positive diagonal.
-        table: ``[R, B, K]``, ascending.
-        indices: ``[R, n]``, where to start.
-        columns: Columns of a run.
-        cycles: Passes over all columns; a pass that changes nothing is the last.
-    Returns:
-        The new indices.
-    Cost: 2 R n^2 multiplications a cycle, about ten small operations a column, O(R n) memory.
-    """
-    groups, size = len(hessian), weight.shape[1]
-    tables = table.view(groups, -1, *table.shape[1:])
-    middles = (tables[..., 1:] + tables[..., :-1]) / 2
-    curvature = hessian.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-    # Columns first: the steps below read and write whole columns.
-    found = indices.view(groups, -1, size).permute(2, 0, 1).contiguous()
-    values = look_up(table, indices, columns).view(groups, -1, size).permute(2, 0, 1).contiguous()
-    dense = weight.view(groups, -1, size).permute(2, 0, 1)
-    for _ in range(cycles):
-        before = found.clone()
-        gradient = _spread(values - dense, hessian)
-        for first in range(0, size, BLOCK):
-            part = slice(first, min(first + BLOCK, size))
-            local, old = gradient[part].clone(), values[part].clone()
-            near = hessian[:, part, part].permute(1, 2, 0).unsqueeze(-1).contiguous()
-            for i in range(len(local)):
-                column = first + i
-                vertex = values[column] - local[i] / curvature[:, column]
-                run = column // columns
-                code = (vertex.unsqueeze(-1) > middles[:, :, run]).sum(-1)
-                value = tables[:, :, run].gather(-1, code.unsqueeze(-1)).squeeze(-1)
-                local[i + 1 :] += near[i, i + 1 :] * (value - values[column])
-                values[column], found[column] = value, code
-            gradient += _spread(values[part] - old, hessian[:, part])
-        if torch.equal(before, found):
-            break
-    return found.permute(1, 2, 0).reshape(weight.shape)
-
-
-def _spread(change: Tensor, hessian: Tensor) -> Tensor:
-    """Gradient ``[n, S, r]`` that a change ``[m, S, r]`` makes, through ``[S, m, n]``."""
-    return (hessian.mT @ change.transpose(0, 1)).transpose(0, 1)
 
 
 def normal(

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from squeeze.errors import UnsupportedError
 from squeeze.kernels import bits as packing
-from squeeze.kernels.kmeans1d.api import kmeans1d
+from squeeze.kernels.kmeans1d.api import centroids1d
 from squeeze.types import ClusteredWeight
 
 STEPS = 48  # candidate scales per codebook, down to 70% of the largest
 REFITS = 3  # rounds of scale, entries and indices against one another
+WORKING = 2**25  # weights clustered together: some 100 bytes each are in flight
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,26 @@ class Palette:
         """
         out_features, in_features = dense.shape
         rows, columns = self.sharing(out_features, in_features)
-        values, mass = split(dense, rows, columns), split(mass, rows, columns)
+        height = max(1, WORKING // (rows * in_features)) * rows
+        parts = zip(dense.split(height), mass.split(height), strict=True)
+        found = [
+            self._fit_blocks(split(x, rows, columns), split(m, rows, columns), exact)
+            for x, m in parts
+        ]
+        indices, codebook, scale = (list(each) for each in zip(*found, strict=True))
+        joined = join(torch.cat(indices), out_features, in_features)
         if self.grid is None:
-            indices, codebook = _fit_plain(values, mass, 2**self.bits, exact)
-            return join(indices, out_features, in_features), codebook, None
-        indices, codebook, scale = _fit_scaled(values, mass, 2**self.bits, exact, self.grid)
-        scale = scale[:, 0].flatten()[:out_features].contiguous()
-        return join(indices, out_features, in_features), codebook, scale
+            return joined, torch.cat(codebook), None
+        whole = torch.cat([x[:, 0].flatten() for x in scale])
+        return joined, torch.cat(codebook), whole[:out_features].contiguous()
+
+    def _fit_blocks(
+        self, values: Tensor, mass: Tensor, exact: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fit blocks ``[G, B, rows, columns]``; without a grid the scales are empty."""
+        if self.grid is None:
+            return *_fit_plain(values, mass, 2**self.bits, exact), values.new_empty(0, 1)
+        return _fit_scaled(values, mass, 2**self.bits, exact, self.grid)
 
     def pack(self, indices: Tensor, codebook: Tensor, scale: Tensor | None) -> ClusteredWeight:
         """Store what ``cluster`` returned."""
@@ -190,8 +204,8 @@ def join(blocks: Tensor, out_features: int, in_features: int) -> Tensor:
 def _cluster(values: Tensor, mass: Tensor, clusters: int, exact: bool) -> Tensor:
     """Centroids of every block: ``[G, B, rows, columns]`` to ``[G, B, clusters]``."""
     flat, weights = values.flatten(2).flatten(0, 1), mass.flatten(2).flatten(0, 1)
-    found = kmeans1d(flat, weights, clusters=clusters, exact=exact)[0]
-    return found.view(*values.shape[:2], clusters)
+    found = centroids1d(flat, weights, clusters=clusters, exact=exact)
+    return found.float().view(*values.shape[:2], clusters)
 
 
 def _assign(values: Tensor, codebook: Tensor) -> Tensor:
@@ -265,6 +279,9 @@ def _best_factor(centroids: Tensor, weight: Tensor, grid: Grid) -> Tensor:
 
 def _per_code(x: Tensor, indices: Tensor, clusters: int) -> Tensor:
     """Sum ``x`` over the values of each entry: ``[G, B, K]``."""
+    if x.device.type == "cuda":  # adding there in no fixed order would make no two fits alike
+        parts = [(x * (indices == code)).sum((2, 3)) for code in range(clusters)]
+        return torch.stack(parts, 2)
     sums = x.new_zeros(*x.shape[:2], clusters)
     return sums.scatter_add_(2, indices.flatten(2).long(), x.flatten(2))
 

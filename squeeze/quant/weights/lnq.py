@@ -10,10 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from squeeze.kernels.index_descent.api import descend, look_up
 from squeeze.quant.weights._descent import (
     damped,
-    descend,
-    look_up,
     loss,
     normal,
     round_entries,

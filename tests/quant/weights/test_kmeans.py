@@ -53,6 +53,20 @@ def test_more_bits_lose_less(entries):
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.parametrize("granularity", ["rows", "row", "tile"])
+@pytest.mark.parametrize("entries", ["float16", "int8"])
+def test_rows_clustered_in_parts_are_as_together(granularity, entries, monkeypatch):
+    weight, importance = matrix(29, 100)
+    method = KMeans(bits=3, granularity=granularity, rows_per_codebook=3, entries=entries)
+    whole = method.fit(weight, {"fisher": importance})
+    monkeypatch.setattr("squeeze.quant.weights._palette.WORKING", 1000)
+    parts = method.fit(weight, {"fisher": importance})
+    assert torch.equal(whole.indices, parts.indices)
+    assert torch.equal(whole.codebook, parts.codebook)
+    if entries == "int8":
+        assert torch.equal(whole.scale, parts.scale)
+
+
 def test_importance_is_respected():
     weight, importance = matrix(16, 192)
     weighted = loss(weight, importance, KMeans(bits=2))

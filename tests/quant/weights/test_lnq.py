@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
+from squeeze.kernels.index_descent.api import descend, look_up
 from squeeze.kernels.lut_linear.api import reconstruct
-from squeeze.quant.weights._descent import damped, descend, look_up, loss, normal, solve
+from squeeze.quant.weights._descent import damped, loss, normal, solve
 from squeeze.quant.weights.kmeans import KMeans
 from squeeze.quant.weights.lnq import DAMPING, Lnq
 

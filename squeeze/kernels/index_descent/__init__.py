@@ -1,0 +1,1 @@
+"""Descent over codebook indices, one weight of every row at a time."""
