@@ -1,4 +1,4 @@
-"""What every kernel in place of a linear layer asks of the machine and of its input."""
+"""What kernels ask of the machine and of their input before they run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,26 @@ import torch
 from torch import Tensor
 
 from squeeze.errors import DeviceError
+from squeeze.types import Implementation
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def by_triton(op: str, x: Tensor, implementation: Implementation | None) -> bool:
+    """Say whether the kernel ``op`` runs; with ``None`` it does wherever it can on a GPU.
+
+    Raises:
+        ValueError: ``auto``, which belongs to plans.
+        DeviceError: ``triton`` without Triton, or without an NVIDIA GPU and the interpreter.
+    """
+    if implementation is None:
+        return importlib.util.find_spec("triton") is not None and x.device.type == "cuda"
+    if implementation == Implementation.REFERENCE:
+        return False
+    if implementation != Implementation.TRITON:
+        raise ValueError("implementation auto is not known here; leave it out to have one chosen")
+    _require_machine(op, x)
+    return True
 
 
 def require_triton(op: str, x: Tensor) -> None:
@@ -19,6 +37,14 @@ def require_triton(op: str, x: Tensor) -> None:
     Raises:
         DeviceError: no Triton, no NVIDIA GPU and no interpreter, or a dtype that it does not read.
     """
+    _require_machine(op, x)
+    if x.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise DeviceError(op, f"implementation triton for {x.dtype}", allowed)
+
+
+def _require_machine(op: str, x: Tensor) -> None:
+    """Refuse a machine without Triton, and tensors on a device that it cannot reach."""
     if importlib.util.find_spec("triton") is None:
         raise DeviceError(op, "implementation triton", "reference", "Install the triton package")
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -28,6 +54,3 @@ def require_triton(op: str, x: Tensor) -> None:
             "a CUDA device",
             "Choose implementation: reference to run here",
         )
-    if x.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise DeviceError(op, f"implementation triton for {x.dtype}", allowed)

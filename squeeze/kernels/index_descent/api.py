@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
-from squeeze.errors import DeviceError
 from squeeze.kernels.index_descent import reference
+from squeeze.kernels.linear_checks import by_triton
 from squeeze.types import Implementation
 
 PLACE = "kernels.index_descent"
@@ -57,7 +54,7 @@ def descend(
     """
     _check(weight, hessian, table, indices, columns)
     groups, size = len(hessian), weight.shape[1]
-    kernel = _choose(implementation, weight)
+    kernel = by_triton(PLACE, weight, implementation)
     # Columns first: steps read and write whole columns.
     found = indices.view(groups, -1, size).permute(2, 0, 1).contiguous()
     values = look_up(table, indices, columns).view(groups, -1, size).permute(2, 0, 1).contiguous()
@@ -84,24 +81,3 @@ def _check(weight: Tensor, hessian: Tensor, table: Tensor, indices: Tensor, colu
         raise ValueError(f"indices are {indices.dtype} {tuple(indices.shape)}")
     if {weight.dtype, hessian.dtype, table.dtype} != {torch.float32}:
         raise ValueError("weight, hessian and table must be float32")
-
-
-def _choose(implementation: Implementation | None, weight: Tensor) -> bool:
-    """Whether the kernel does the steps."""
-    found = importlib.util.find_spec("triton") is not None
-    if implementation is None:
-        return found and weight.device.type == "cuda"
-    if implementation == Implementation.REFERENCE:
-        return False
-    if implementation != Implementation.TRITON:
-        raise ValueError("implementation auto is not known here; leave it out to have one chosen")
-    if not found:
-        raise DeviceError(PLACE, "implementation triton", "reference", "Install the triton package")
-    if weight.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise DeviceError(
-            PLACE,
-            f"implementation triton on device {weight.device.type}",
-            "a CUDA device",
-            "Choose implementation: reference to run here",
-        )
-    return True

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
 from squeeze.errors import DeviceError
 from squeeze.kernels.kmeans1d import reference
+from squeeze.kernels.linear_checks import by_triton
 from squeeze.types import Implementation
 
 FLOOR = 1e-9  # least weight, as a share of the mean: a value nobody needs still has a place
@@ -107,27 +105,13 @@ def centroids1d(
 
 def _choose(implementation: Implementation | None, values: Tensor) -> bool:
     """Whether the kernel finds the centroids."""
-    found = importlib.util.find_spec("triton") is not None
-    fits = values.shape[1] <= LONGEST
+    kernel = by_triton(PLACE, values, implementation)
+    if not kernel or values.shape[1] <= LONGEST:
+        return kernel
     if implementation is None:
-        return found and fits and values.device.type == "cuda"
-    if implementation == Implementation.REFERENCE:
         return False
-    if implementation != Implementation.TRITON:
-        raise ValueError("implementation auto is not known here; leave it out to have one chosen")
-    if not found:
-        raise DeviceError(PLACE, "implementation triton", "reference", "Install the triton package")
-    if values.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise DeviceError(
-            PLACE,
-            f"implementation triton on device {values.device.type}",
-            "a CUDA device",
-            "Choose implementation: reference to run here",
-        )
-    if not fits:
-        received = f"implementation triton for {values.shape[1]} values in a row"
-        raise DeviceError(PLACE, received, f"at most {LONGEST}")
-    return True
+    received = f"implementation triton for {values.shape[1]} values in a row"
+    raise DeviceError(PLACE, received, f"at most {LONGEST}")
 
 
 def _centroids(values: Tensor, weights: Tensor, bounds: Tensor) -> Tensor:
