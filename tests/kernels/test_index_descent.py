@@ -1,11 +1,7 @@
 """The kernel of descent over indices against the reference, and what no step may do."""
 
 import importlib.util
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -130,14 +126,8 @@ def test_no_rows():
 
 
 @needs_triton
-def test_the_compiled_kernel_keeps_everything_in_registers():
-    script = Path(__file__).with_name("compile_index_descent.py")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(script.parents[2])
-    command = [sys.executable, str(script), "90"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    every = [json.loads(line) for line in done.stdout.splitlines()]
+def test_the_compiled_kernel_keeps_everything_in_registers(compiled):
+    every = compiled("compile_index_descent.py", "90")
     assert len(every) == 3
     for facts in every:
         assert facts["stack"] == 0 and facts["registers"] <= 128, facts

@@ -1,12 +1,8 @@
 """The integer linear layer: codes by hand, the kernels against float64, compilation for GPUs."""
 
 import itertools
-import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -267,14 +263,8 @@ def test_contradictions_are_refused():
         integer_linear(torch.ones(2, 64).double(), weight, implementation=Implementation.TRITON)
 
 
-def test_every_kernel_the_launcher_chooses_compiles_into_registers():
-    script = Path(__file__).with_name("compile_integer_linear.py")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(script.parents[2])
-    command = [sys.executable, str(script), "1", "3", "4", "16", "300"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    every = [json.loads(line) for line in done.stdout.splitlines()]
+def test_every_kernel_the_launcher_chooses_compiles_into_registers(compiled):
+    every = compiled("compile_integer_linear.py", "1", "3", "4", "16", "300")
     assert {facts["kernel"] for facts in every} == {
         "_vector_kernel",
         "_matrix_kernel",

@@ -1,12 +1,8 @@
 """Exact one-dimensional k-means against a dynamic program that tries every partition."""
 
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -279,14 +275,8 @@ def test_the_kernel_is_refused_where_it_cannot_run(monkeypatch):
 
 
 @needs_triton
-def test_the_compiled_kernel_keeps_everything_in_registers():
-    script = Path(__file__).with_name("compile_kmeans1d.py")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(script.parents[2])
-    command = [sys.executable, str(script), "90"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    every = [json.loads(line) for line in done.stdout.splitlines()]
+def test_the_compiled_kernel_keeps_everything_in_registers(compiled):
+    every = compiled("compile_kmeans1d.py", "90")
     assert len(every) == 3
     for facts in every:
         assert facts["stack"] == 0 and facts["registers"] <= 128, facts  # 16 programs

@@ -1,10 +1,6 @@
 """The sparse-input linear layer: dead channels are never read, live ones as in float64."""
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -106,14 +102,8 @@ def test_by_columns_keeps_the_values():
     assert torch.equal(columns.contiguous(), weight)
 
 
-def test_compiled_kernels_keep_everything_in_registers():
-    script = Path(__file__).with_name("compile_sparse_gemv.py")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(script.parents[2])
-    command = [sys.executable, str(script), "90"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    every = [json.loads(line) for line in done.stdout.splitlines()]
+def test_compiled_kernels_keep_everything_in_registers(compiled):
+    every = compiled("compile_sparse_gemv.py", "90")
     assert {facts["kernel"] for facts in every} == {"_gemv_kernel", "_sum_kernel", "multiply"}
     for facts in every:
         assert facts["stack"] == 0, facts
